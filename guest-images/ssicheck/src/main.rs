@@ -1,0 +1,2 @@
+//! In-guest conformance checks.
+fn main() {}

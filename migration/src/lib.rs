@@ -1,0 +1,1 @@
+//! What a vCPU or a VM is when it is not running.

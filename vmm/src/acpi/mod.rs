@@ -1,0 +1,1 @@
+//! ACPI tables: RSDP, XSDT, MADT, SRAT, SLIT, FADT (hardware-reduced), DSDT.

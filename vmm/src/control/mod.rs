@@ -1,0 +1,1 @@
+//! Control plane: messages, the node daemon, the coordinator, the HTTP API.

@@ -1,0 +1,1 @@
+//! What crosses members besides pages: interrupts, device accesses, queue notifies.

@@ -1,0 +1,1 @@
+//! The KVM shell: VM and vCPU file descriptors, CPUID, MSRs, the vCPU loop.

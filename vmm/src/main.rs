@@ -1,0 +1,2 @@
+//! The spanvm command.
+fn main() {}

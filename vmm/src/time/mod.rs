@@ -1,0 +1,1 @@
+//! One TSC for the whole VM: clock filter and offsets.
