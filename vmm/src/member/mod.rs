@@ -1,1 +1,16 @@
 //! One host's part of a VM: wires memory, vCPUs, interrupts and devices together.
+//!
+//! [`facts`] says what the host can do, [`plan`] what this member is to be, [`event`] what it reports,
+//! [`stats`] what it counts; [`runtime`] is the member itself.
+
+pub mod event;
+pub mod facts;
+pub mod plan;
+pub mod runtime;
+pub mod stats;
+
+pub use event::{MemberEvent, VmExit};
+pub use facts::{HostError, HostFacts, Virtualization};
+pub use plan::{BootImages, MemberPlan, PageTuning};
+pub use runtime::{Member, MemberError};
+pub use stats::{MemberStats, VcpuStats};

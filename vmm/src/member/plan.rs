@@ -1,0 +1,49 @@
+//! What a member is to be: everything that [`crate::member::Member::join`] needs, sent by the coordinator.
+
+use crate::kvm::cpuid::CpuidTable;
+use crate::topology::Topology;
+use dsm::addr::MemberId;
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// Knobs of the page engine; `None` takes its default.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PageTuning {
+    /// Longest time a page is kept after it was installed before an invalidation is honoured, microseconds.
+    pub hold_us: Option<u64>,
+    /// Number of userfaultfds, each with its thread, that guest memory is spread over.
+    pub shards: Option<u16>,
+}
+
+/// One member's orders.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MemberPlan {
+    /// Name of the VM.
+    pub vm: String,
+    /// Which member of the topology this is.
+    pub me: MemberId,
+    /// All members, homes, vCPU placement, at one epoch.
+    pub topology: Topology,
+    /// Shared secret that peers must prove to have; `None` only while all are on loopback.
+    pub secret: Option<Vec<u8>>,
+    /// What CPUID shows before topology leaves are filled in per vCPU: the intersection over all members
+    /// ([`CpuidTable::intersect`] of their [`crate::member::HostFacts::cpuid`]).
+    pub cpuid: CpuidTable,
+    /// TSC frequency that the guest sees, in kHz; the coordinator's.
+    pub tsc_khz: u32,
+    /// Page engine knobs.
+    pub pages: PageTuning,
+    /// Longest wait for any one answer of a peer, at start and while running.
+    pub deadline: Duration,
+}
+
+/// What [`crate::member::Member::load`] puts into guest memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BootImages {
+    /// bzImage, ELF vmlinux with a PVH note, or a plain ELF64 image.
+    pub kernel: Vec<u8>,
+    /// Initial RAM disk.
+    pub initrd: Option<Vec<u8>>,
+    /// Kernel command line as the user gave it.
+    pub cmdline: String,
+}

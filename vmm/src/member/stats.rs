@@ -1,0 +1,51 @@
+//! What a member counts, in one serialisable snapshot.
+
+use serde::{Deserialize, Serialize};
+
+/// Counters of one vCPU. Exits are by kind.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VcpuStats {
+    /// The vCPU's id.
+    pub vcpu: u32,
+    /// All returns of KVM_RUN.
+    pub exits: u64,
+    /// Port reads and writes.
+    pub pio: u64,
+    /// Memory-mapped reads and writes, APIC included.
+    pub mmio: u64,
+    /// RDMSR and WRMSR handled in user space.
+    pub msr: u64,
+    /// HLT.
+    pub hlt: u64,
+    /// Interrupt windows that were asked for.
+    pub irq_window: u64,
+    /// Kicks by a signal, and other interruptions.
+    pub interrupted: u64,
+    /// Interrupts handed to the guest.
+    pub injections: u64,
+    /// NMIs handed to the guest.
+    pub nmis: u64,
+    /// Inter-processor interrupts sent to vCPUs of this member.
+    pub ipis_local: u64,
+    /// Inter-processor interrupts sent to other members.
+    pub ipis_remote: u64,
+    /// Local APIC timer expiries.
+    pub timer_fires: u64,
+    /// Device accesses that another member answered.
+    pub remote_accesses: u64,
+    /// Time in HLT, microseconds.
+    pub halted_us: u64,
+}
+
+/// Counters of one member.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct MemberStats {
+    /// One entry per vCPU that lives here.
+    pub vcpus: Vec<VcpuStats>,
+    /// Bound of the clock disagreement with the coordinator, nanoseconds; 0 at the coordinator.
+    pub clock_skew_bound_ns: u64,
+    /// Fabric messages sent to peers.
+    pub fabric_sent: u64,
+    /// Fabric messages received from peers.
+    pub fabric_received: u64,
+}
