@@ -2,6 +2,10 @@
 //! can move with all of its state. Pure models here; the threads that run them are in [`crate::kvm`] and
 //! [`crate::fabric`].
 
+pub mod bits;
+pub mod ioapic;
+pub mod lapic;
+
 use serde::{Deserialize, Serialize};
 
 /// Delivery mode of an interrupt message (SDM vol. 3, 11.6.1, ICR bits 10:8).
