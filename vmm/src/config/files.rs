@@ -40,7 +40,12 @@ pub fn check_file(key: &'static str, path: &Path) -> Result<Metadata, ConfigErro
 pub fn read_image(key: &'static str, path: &Path) -> Result<Vec<u8>, ConfigError> {
     let meta = check_file(key, path)?;
     if meta.len() > MAX_IMAGE {
-        return Err(ConfigError::value(key, path.display(), "is larger than 2G", "give a boot image, not a disk"));
+        return Err(ConfigError::value(
+            key,
+            path.display(),
+            "is larger than 2G",
+            "give a boot image, not a disk",
+        ));
     }
     std::fs::read(path)
         .map_err(|e| ConfigError::value(key, path.display(), e.to_string(), "give a file that can be read"))
@@ -132,7 +137,8 @@ pub fn check_disk(path: &Path, readonly: bool) -> Result<(), ConfigError> {
         return bad("is neither a file nor a block device".into(), "give an image file or a block device");
     }
     if let Err(e) = File::options().read(true).write(!readonly).open(path) {
-        let hint = if readonly { "make it readable for this user" } else { "make it writable, or add ,readonly" };
+        let hint =
+            if readonly { "make it readable for this user" } else { "make it writable, or add ,readonly" };
         return bad(e.to_string(), hint);
     }
     if meta.is_file() && (meta.len() == 0 || meta.len() % 512 != 0) {

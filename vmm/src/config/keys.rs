@@ -100,8 +100,9 @@ impl LaunchKeys {
         super::files::check_file("config", path)?;
         let text = std::fs::read_to_string(path)
             .map_err(|e| file(e.to_string(), "give a TOML file that can be read"))?;
-        let mut keys: LaunchKeys = toml::from_str(&text)
-            .map_err(|e| file(e.to_string().trim_end().to_string(), "`spanvm launch --help` lists the keys"))?;
+        let mut keys: LaunchKeys = toml::from_str(&text).map_err(|e| {
+            file(e.to_string().trim_end().to_string(), "`spanvm launch --help` lists the keys")
+        })?;
         keys.anchor(path.parent().unwrap_or(Path::new("")));
         Ok(keys)
     }
@@ -168,7 +169,8 @@ impl MemberKeys {
         };
         let mut keys = MemberKeys::default();
         for (key, value) in pairs(text) {
-            let value = value.filter(|v| !v.is_empty()).ok_or_else(|| bad(format!("{key:?} has no value")))?;
+            let value =
+                value.filter(|v| !v.is_empty()).ok_or_else(|| bad(format!("{key:?} has no value")))?;
             let twice = match key {
                 "host" => keys.host.replace(value.to_string()).is_some(),
                 "memory" => keys.memory.replace(value.to_string()).is_some(),
@@ -209,7 +211,8 @@ impl DiskKeys {
                 ("readonly" | "ro", None) | ("readonly", Some("true")) => keys.readonly = true,
                 ("readonly", Some("false")) => keys.readonly = false,
                 ("member", Some(value)) => {
-                    keys.member = value.parse().map_err(|_| bad(format!("member={value} is not a number")))?;
+                    keys.member =
+                        value.parse().map_err(|_| bad(format!("member={value} is not a number")))?;
                 }
                 _ => return Err(bad(format!("{key:?} is not a disk's key"))),
             }

@@ -68,7 +68,12 @@ pub fn resolve(keys: LaunchKeys) -> Result<VmSpec, ConfigError> {
 fn name(given: Option<&str>) -> Result<String, ConfigError> {
     let Some(name) = given else { return Ok(format!("vm{}", std::process::id())) };
     check_name(name).map_err(|problem| {
-        ConfigError::value("name", format!("{name:?}"), problem, "use up to 48 letters, digits, '-', '_' or '.'")
+        ConfigError::value(
+            "name",
+            format!("{name:?}"),
+            problem,
+            "use up to 48 letters, digits, '-', '_' or '.'",
+        )
     })?;
     Ok(name.to_string())
 }
@@ -97,7 +102,12 @@ pub fn check_name(name: &str) -> Result<(), String> {
 fn cmdline(given: Option<String>) -> Result<String, ConfigError> {
     let cmdline = given.unwrap_or_else(|| DEFAULT_CMDLINE.into());
     if cmdline.contains(['\0', '\n']) {
-        return Err(ConfigError::value("cmdline", format!("{cmdline:?}"), "has a control character", "give one line"));
+        return Err(ConfigError::value(
+            "cmdline",
+            format!("{cmdline:?}"),
+            "has a control character",
+            "give one line",
+        ));
     }
     if cmdline.len() > MAX_CMDLINE {
         let problem = format!("is {} bytes, the most is {MAX_CMDLINE}", cmdline.len());
@@ -110,7 +120,12 @@ fn number(key: &'static str, given: Option<i64>, least: u64, most: u64) -> Resul
     let Some(given) = given else { return Ok(None) };
     match u64::try_from(given) {
         Ok(n) if (least..=most).contains(&n) => Ok(Some(n)),
-        _ => Err(ConfigError::value(key, given, "is out of range", format!("give a number from {least} to {most}"))),
+        _ => Err(ConfigError::value(
+            key,
+            given,
+            "is out of range",
+            format!("give a number from {least} to {most}"),
+        )),
     }
 }
 
@@ -118,7 +133,12 @@ fn cpus(key: &'static str, given: i64) -> Result<u32, ConfigError> {
     match u32::try_from(given) {
         Ok(0) => Err(ConfigError::value(key, given, "no CPU at all", "give at least one for each member")),
         Ok(n) if n <= MAX_CPUS => Ok(n),
-        _ => Err(ConfigError::value(key, given, "is out of range", format!("give a number from 1 to {MAX_CPUS}"))),
+        _ => Err(ConfigError::value(
+            key,
+            given,
+            "is out of range",
+            format!("give a number from 1 to {MAX_CPUS}"),
+        )),
     }
 }
 
@@ -161,9 +181,15 @@ fn members(
         .map(|w| w.memory.as_deref().map(|text| memory("member", text, plan::GRAIN)).transpose())
         .collect::<Result<Vec<_>, _>>()?;
 
-    let all_cpus = total_cpus.map(u64::from).unwrap_or_else(|| cpu_wishes.iter().map(|w| w.unwrap_or(1)).sum());
+    let all_cpus =
+        total_cpus.map(u64::from).unwrap_or_else(|| cpu_wishes.iter().map(|w| w.unwrap_or(1)).sum());
     if all_cpus > u64::from(MAX_CPUS) {
-        return Err(ConfigError::value("cpus", all_cpus, "is out of range", format!("the most is {MAX_CPUS}")));
+        return Err(ConfigError::value(
+            "cpus",
+            all_cpus,
+            "is out of range",
+            format!("the most is {MAX_CPUS}"),
+        ));
     }
     if all_cpus < u64::from(count) {
         return Err(ConfigError::value(
@@ -192,7 +218,11 @@ fn members(
     Ok(hosts
         .into_iter()
         .zip(cpu_parts.into_iter().zip(memory_parts))
-        .map(|(host, (cpus, memory))| MemberSpec { host, cpus: u32::try_from(cpus).unwrap_or(MAX_CPUS), memory })
+        .map(|(host, (cpus, memory))| MemberSpec {
+            host,
+            cpus: u32::try_from(cpus).unwrap_or(MAX_CPUS),
+            memory,
+        })
         .collect())
 }
 
@@ -249,7 +279,10 @@ fn wishes(
                     return Err(ConfigError::Conflict {
                         first: format!("--members {count}"),
                         second: format!("--on {}", on.join(",")),
-                        problem: format!("the number of members is given twice, and {} hosts are named", on.len()),
+                        problem: format!(
+                            "the number of members is given twice, and {} hosts are named",
+                            on.len()
+                        ),
                         hint: "leave --members out".into(),
                     });
                 }
@@ -259,7 +292,12 @@ fn wishes(
         }
         (None, Some(on)) => {
             if on.is_empty() {
-                return Err(ConfigError::value("on", "\"\"", "no host at all", "give HOST[:PORT],HOST[:PORT]"));
+                return Err(ConfigError::value(
+                    "on",
+                    "\"\"",
+                    "no host at all",
+                    "give HOST[:PORT],HOST[:PORT]",
+                ));
             }
             named(on)
         }
@@ -386,7 +424,12 @@ fn check_files(spec: &VmSpec) -> Result<(), ConfigError> {
         let size = files::check_file("initrd", initrd)?.len();
         if size >= spec.memory {
             let problem = format!("is {}, the guest has {}", format_size(size), format_size(spec.memory));
-            return Err(ConfigError::value("initrd", initrd.display(), problem, "give the guest more memory"));
+            return Err(ConfigError::value(
+                "initrd",
+                initrd.display(),
+                problem,
+                "give the guest more memory",
+            ));
         }
     }
     if let Some(secret) = &spec.secret_file {

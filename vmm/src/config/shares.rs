@@ -18,7 +18,11 @@ pub fn split(total: u64, unit: u64, wishes: &[Option<u64>]) -> Result<Vec<u64>, 
     let given = wishes.iter().flatten().fold(0u64, |sum, wish| sum.saturating_add(*wish));
     let open = wishes.iter().filter(|wish| wish.is_none()).count();
     if open == 0 {
-        return if given == total { Ok(wishes.iter().flatten().copied().collect()) } else { Err(ShareError::Sum(given)) };
+        return if given == total {
+            Ok(wishes.iter().flatten().copied().collect())
+        } else {
+            Err(ShareError::Sum(given))
+        };
     }
     let left = total.saturating_sub(given);
     let units = left / unit;
