@@ -88,7 +88,7 @@ impl<'a> BzImage<'a> {
         let relocatable = header.relocatable_kernel != 0;
         let load = if relocatable { KERNEL_START } else { pref };
         let alignment = u64::from(header.kernel_alignment);
-        if !alignment.is_power_of_two() || load < KERNEL_START || load >= 1 << 32 || pref >= 1 << 32 {
+        if !alignment.is_power_of_two() || !(KERNEL_START..1 << 32).contains(&load) || pref >= 1 << 32 {
             return Err(BootError::Damaged(format!("alignment {alignment:#x}, preferred address {pref:#x}")));
         }
         // The decompressor moves itself to the end of `init_size` bytes from the higher of both.

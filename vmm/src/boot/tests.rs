@@ -205,12 +205,15 @@ fn virtual_entry_is_translated() {
     assert_eq!(entry.rip, 0x100_0008);
 }
 
+/// Name, kernel, initrd, command line, memory, and what the error says.
+type BadCase = (&'static str, Vec<u8>, Option<Vec<u8>>, &'static str, Vec<HomeRange>, &'static str);
+
 #[test]
 fn bad_input_gives_one_clear_error() {
     let small = || vec![range(0, 8 * MIB, 0)];
     let first = range(0, 64 * MIB, 0);
     let ram = || vec![first];
-    let long = "a".repeat(2048);
+    let long: &str = "a".repeat(2048).leak();
     let mut old = bzimage(4096);
     put(&mut old, 0x206, &0x0209u16.to_le_bytes());
     let mut no64 = bzimage(4096);
@@ -221,7 +224,7 @@ fn bad_input_gives_one_clear_error() {
     put(&mut not_x86, 18, &[183]);
     let one = |addr, memsz, data| elf(addr, &[Seg(addr, memsz, data)], None);
     let overlap = elf(0x20_0000, &[Seg(0x20_0000, 64, vec![1; 64]), Seg(0x20_0020, 64, vec![1; 64])], None);
-    let cases: Vec<(&str, Vec<u8>, Option<Vec<u8>>, &str, Vec<HomeRange>, &str)> = vec![
+    let cases: Vec<BadCase> = vec![
         ("empty kernel", vec![], None, "", ram(), "kernel is empty"),
         ("text file", b"#!/bin/sh\necho no kernel".to_vec(), None, "", ram(), "neither a bzImage nor an ELF"),
         ("gzip", vec![0x1F, 0x8B, 8, 0, 0, 0, 0, 0, 0], None, "", ram(), "[1f, 8b"),
@@ -291,8 +294,8 @@ fn bad_input_gives_one_clear_error() {
             "initrd of 17825792 bytes does not fit",
         ),
         ("initrd larger than RAM", bzimage(4096), Some(vec![0; 65 << 20]), "", ram(), "does not fit"),
-        ("cmdline bzImage", bzimage(4096), None, &long, ram(), "has 2048 bytes, the kernel takes 2047"),
-        ("cmdline ELF", vmlinux(None), None, &long, ram(), "has 2048 bytes, the kernel takes 2047"),
+        ("cmdline bzImage", bzimage(4096), None, long, ram(), "has 2048 bytes, the kernel takes 2047"),
+        ("cmdline ELF", vmlinux(None), None, long, ram(), "has 2048 bytes, the kernel takes 2047"),
         ("cmdline NUL", vmlinux(None), None, "a\0b", ram(), "control character '\\0' at byte 1"),
         ("no RAM", vmlinux(None), None, "", vec![], "there must be RAM from 0"),
         (

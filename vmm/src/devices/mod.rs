@@ -1,5 +1,23 @@
 //! Devices and the buses they sit on. A device lives on one member; its workers read and write guest memory
 //! through the member's mapping, so DSM makes it coherent with no extra code.
+//!
+//! [`spec`] says which devices a VM has and gives each its window and interrupt, the same on all members;
+//! [`platform`] builds those of one member and routes an access to the right one or to the right member;
+//! [`bus`] finds a device by address. The devices: [`serial`] with its [`console`], [`power`] (ACPI sleep and
+//! reset registers), [`rtc`] and everything under [`virtio`].
+
+pub mod bus;
+pub mod console;
+pub mod platform;
+pub mod power;
+pub mod rtc;
+pub mod serial;
+pub mod spec;
+
+pub use bus::{Bus, BusError};
+pub use console::{ConsoleHandle, ConsoleReader};
+pub use platform::{Platform, PlatformError, Route};
+pub use spec::{DeviceSpec, DeviceWindow, Space, WindowKind};
 
 /// A device as a bus sees it. Called by vCPU threads (and by the fabric for vCPUs elsewhere), several at a
 /// time: state is behind the device's own locks, and no lock is held across an access to guest memory.

@@ -1,0 +1,194 @@
+//! The devices of one member, and the way to those of the others.
+
+use super::console::{Output, log_to_file};
+use super::power::Power;
+use super::rtc::Rtc;
+use super::serial::Serial;
+use super::spec::{self, DeviceSpec, DeviceWindow, Space, SpecError, WindowKind};
+use super::{Bus, BusDevice, BusError, ConsoleHandle, PlatformEvent};
+use crate::interrupts::IrqLines;
+use dsm::addr::MemberId;
+use std::fs::OpenOptions;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use vm_memory::GuestMemoryMmap;
+
+/// Why a member's devices cannot be built.
+#[derive(Debug, thiserror::Error)]
+pub enum PlatformError {
+    /// The list of devices is impossible.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// Two devices at one address.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// The serial port's log cannot be written.
+    #[error("cannot write the console log {path}: {source}")]
+    Log {
+        /// Its path.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// Where an access goes.
+pub enum Route<'a> {
+    /// To a device of this member, at this offset in its window.
+    Local(&'a Arc<dyn BusDevice>, u64),
+    /// To a device of another member; `posted` says that a write there needs no answer.
+    Remote {
+        /// That member.
+        member: MemberId,
+        /// A write needs no answer.
+        posted: bool,
+    },
+    /// Nowhere: reads are all ones, writes are ignored.
+    Unmapped,
+}
+
+impl std::fmt::Debug for Route<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Route::Local(device, offset) => write!(f, "Local({}+{offset:#x})", device.name()),
+            Route::Remote { member, posted } => write!(f, "Remote({member}, posted: {posted})"),
+            Route::Unmapped => f.write_str("Unmapped"),
+        }
+    }
+}
+
+/// The devices of one member. Immutable once built, so lookups take no lock; dropping it stops the devices'
+/// workers.
+#[derive(Debug)]
+pub struct Platform {
+    pio: Bus,
+    mmio: Bus,
+    windows: Vec<DeviceWindow>,
+    me: MemberId,
+    serial: Option<ConsoleHandle>,
+}
+
+impl Platform {
+    /// Builds the devices of `specs` that live on `me`, and the table of all others.
+    ///
+    /// # Errors
+    /// An impossible list, or a file of a device that cannot be used; the message names it.
+    pub fn build(
+        specs: &[DeviceSpec],
+        me: MemberId,
+        memory: GuestMemoryMmap,
+        irq: Arc<dyn IrqLines>,
+        events: Sender<PlatformEvent>,
+    ) -> Result<Platform, PlatformError> {
+        let windows = spec::windows(specs)?;
+        let mut platform = Platform { pio: Bus::default(), mmio: Bus::default(), windows, me, serial: None };
+        for window in platform.windows.clone().iter().filter(|w| w.member == me) {
+            let device: Arc<dyn BusDevice> = match (window.kind, window.spec.and_then(|n| specs.get(n))) {
+                (WindowKind::Power, _) => Arc::new(Power::new(events.clone())),
+                (WindowKind::Rtc, _) => Arc::new(Rtc::default()),
+                (WindowKind::Serial, Some(DeviceSpec::Serial { log, .. })) => {
+                    let serial = serial(log.as_ref(), irq.clone(), window)?;
+                    platform.serial = Some(serial.1);
+                    serial.0
+                }
+                _ => continue,
+            };
+            let bus = match window.space {
+                Space::Pio => &mut platform.pio,
+                Space::Mmio => &mut platform.mmio,
+            };
+            bus.insert(window.start, window.len, device)?;
+        }
+        let _ = memory;
+        Ok(platform)
+    }
+
+    /// Where an access of `len` bytes at `addr` goes.
+    pub fn route(&self, space: Space, addr: u64, len: usize) -> Route<'_> {
+        if let Some((device, offset)) = self.bus(space).find(addr, len) {
+            return Route::Local(device, offset);
+        }
+        let inside = |w: &&DeviceWindow| {
+            let end = addr.checked_sub(w.start).and_then(|offset| offset.checked_add(len as u64));
+            w.space == space && end.is_some_and(|end| end <= w.len) && w.member != self.me
+        };
+        match self.windows.iter().find(inside) {
+            Some(w) => Route::Remote { member: w.member, posted: w.kind.is_posted(addr - w.start) },
+            None => Route::Unmapped,
+        }
+    }
+
+    /// The bus of this member's devices, for accesses that came from elsewhere.
+    pub fn bus(&self, space: Space) -> &Bus {
+        match space {
+            Space::Pio => &self.pio,
+            Space::Mmio => &self.mmio,
+        }
+    }
+
+    /// All windows of the VM.
+    pub fn windows(&self) -> &[DeviceWindow] {
+        &self.windows
+    }
+
+    /// The console of the serial port, on the member that has it.
+    pub fn serial_console(&self) -> Option<&ConsoleHandle> {
+        self.serial.as_ref()
+    }
+}
+
+fn serial(
+    log: Option<&PathBuf>,
+    irq: Arc<dyn IrqLines>,
+    window: &DeviceWindow,
+) -> Result<(Arc<dyn BusDevice>, ConsoleHandle), PlatformError> {
+    let output = Arc::new(Output::default());
+    if let Some(path) = log {
+        let opened = OpenOptions::new().create(true).append(true).open(path);
+        opened
+            .and_then(|file| log_to_file(&output, file))
+            .map_err(|source| PlatformError::Log { path: path.clone(), source })?;
+    }
+    let serial = Arc::new(Serial::new(output.clone(), irq, window.gsi.unwrap_or_default()));
+    Ok((serial.clone(), ConsoleHandle::new(output, serial)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct NoLines;
+    impl IrqLines for NoLines {
+        fn set_level(&self, _: u32, _: bool) {}
+    }
+
+    fn build(specs: &[DeviceSpec], me: u16) -> Result<Platform, PlatformError> {
+        let memory = GuestMemoryMmap::from_ranges(&[(vm_memory::GuestAddress(0), 1 << 20)]).unwrap();
+        Platform::build(specs, MemberId(me), memory, Arc::new(NoLines), std::sync::mpsc::channel().0)
+    }
+
+    #[test]
+    fn accesses_find_their_member() {
+        let specs = [DeviceSpec::Serial { member: MemberId(1), log: None }];
+        let (boot, other) = (build(&specs, 0).unwrap(), build(&specs, 1).unwrap());
+        assert!(matches!(boot.route(Space::Pio, 0x600, 1), Route::Local(_, 0)));
+        let Route::Remote { member, posted } = other.route(Space::Pio, 0x602, 1) else { panic!() };
+        assert_eq!((member, posted), (MemberId(0), false));
+        let Route::Remote { member, posted } = boot.route(Space::Pio, 0x3F8, 1) else { panic!() };
+        assert_eq!((member, posted), (MemberId(1), true));
+        assert!(matches!(other.route(Space::Pio, 0x3FD, 1), Route::Local(_, 5)));
+        assert!(other.serial_console().is_some() && boot.serial_console().is_none());
+        for (addr, len) in [(0x400, 1), (0x3FF, 2), (0x3F7, 1), (0x3F7, 4), (u64::MAX, 4)] {
+            assert!(matches!(boot.route(Space::Pio, addr, len), Route::Unmapped), "{addr:#x}");
+        }
+        assert!(matches!(boot.route(Space::Mmio, 0x3F8, 1), Route::Unmapped));
+    }
+
+    #[test]
+    fn a_log_that_cannot_be_written_is_named() {
+        let specs = [DeviceSpec::Serial { member: MemberId(0), log: Some("/nowhere/log".into()) }];
+        let e = build(&specs, 0).unwrap_err().to_string();
+        assert!(e.contains("cannot write the console log /nowhere/log"), "{e}");
+    }
+}
