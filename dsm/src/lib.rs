@@ -5,3 +5,9 @@
 //! decides, [`transport`] carries what was decided, and [`region`] installs the page that comes back.
 
 pub mod addr;
+pub mod layout;
+pub mod node;
+pub mod protocol;
+pub mod region;
+pub mod stats;
+pub mod transport;

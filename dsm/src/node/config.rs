@@ -1,0 +1,64 @@
+//! What a member needs to know to start.
+
+use super::DsmError;
+use crate::addr::{Epoch, HomeRange, MAX_MEMBERS, MemberId};
+use crate::protocol::MemberSet;
+pub use crate::protocol::hold::HoldConfig;
+use std::time::Duration;
+
+/// One member's view of the shared memory.
+#[derive(Clone, Debug)]
+pub struct DsmConfig {
+    /// This member.
+    pub me: MemberId,
+    /// All members, this one included.
+    pub members: Vec<MemberId>,
+    /// Number of the topology.
+    pub epoch: Epoch,
+    /// The memory, in ascending order of address.
+    pub memory: Vec<HomeRange>,
+    /// How long a page is kept before it is given up.
+    pub hold: HoldConfig,
+    /// Number of userfaultfds, each with its thread; at least 1.
+    pub shards: usize,
+    /// A peer that says nothing, or takes nothing, for this long is dead.
+    pub deadline: Duration,
+    /// Pages that the first touch of a page homed here brings along, 1 to 64.
+    pub first_touch: u32,
+    /// How many of the last faults are remembered for [`super::Dsm::take_fault_log`]; 0 for none.
+    pub fault_log: usize,
+}
+
+impl DsmConfig {
+    /// A configuration with defaults for everything that has one.
+    pub fn new(me: MemberId, members: Vec<MemberId>, epoch: Epoch, memory: Vec<HomeRange>) -> DsmConfig {
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        DsmConfig {
+            me,
+            members,
+            epoch,
+            memory,
+            hold: HoldConfig::default(),
+            shards: (cpus / 4).clamp(1, 8),
+            deadline: Duration::from_secs(10),
+            first_touch: 8,
+            fault_log: 0,
+        }
+    }
+
+    pub(super) fn member_set(&self) -> Result<MemberSet, DsmError> {
+        let mut set = MemberSet::EMPTY;
+        for member in &self.members {
+            if usize::from(member.0) >= MAX_MEMBERS || set.has(*member) {
+                return Err(DsmError::Members(*member));
+            }
+            set = set.with(*member);
+        }
+        for needed in self.memory.iter().map(|r| r.home).chain([self.me]) {
+            if !set.has(needed) {
+                return Err(DsmError::Members(needed));
+            }
+        }
+        Ok(set)
+    }
+}

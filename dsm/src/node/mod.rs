@@ -1,0 +1,179 @@
+//! A member at work: the threads and file descriptors around the pure protocol.
+//!
+//! - [`fault threads`](threads): one per userfaultfd. Reads who waits, asks the core, and sends what it says itself; never
+//!   waits for the network.
+//! - [`receive threads`](threads): one per peer. Reads frames, asks the core, fills pages and wakes their waiters itself.
+//! - [`keeper`]: one thread for everything that waits: hold times, full sockets, heartbeats and deadlines.
+//! - [`shell`]: carries out the core's commands. [`Dsm`] is the door.
+//!
+//! A fault thus costs two thread switches here: the fault thread and the receive thread.
+
+mod config;
+mod failure;
+mod keeper;
+mod shell;
+mod threads;
+
+pub use config::{DsmConfig, HoldConfig};
+pub use failure::{Cause, DsmFailure};
+
+use crate::addr::{MAX_MEMBERS, MemberId, PAGE_SIZE};
+use crate::layout::LayoutError;
+use crate::region::{Mapping, Memory, RegionError};
+use crate::stats::{DsmSnapshot, FaultRecord};
+use shell::Shell;
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use thiserror::Error;
+
+/// A member that could not be started or filled.
+#[derive(Debug, Error)]
+pub enum DsmError {
+    /// The ranges make no memory.
+    #[error("the guest's memory map is wrong: {0}")]
+    Layout(#[from] LayoutError),
+    /// The members make no group.
+    #[error("{0} is wrong in the list of members: it is named twice, missing, or not below {MAX_MEMBERS}")]
+    Members(MemberId),
+    /// There is not exactly one stream to every other member.
+    #[error("there must be one connection to {0}, no more and no less")]
+    Links(MemberId),
+    /// The kernel refused something.
+    #[error(transparent)]
+    Region(#[from] RegionError),
+    /// A thread or a file descriptor could not be had.
+    #[error("can't start {what}: {source}")]
+    Start {
+        /// What.
+        what: &'static str,
+        /// The kernel's answer.
+        source: std::io::Error,
+    },
+    /// Memory to be filled is not homed here, or does not exist.
+    #[error("{gpa:#x} has no page whose home is this member")]
+    NotHome {
+        /// The address.
+        gpa: u64,
+    },
+    /// Memory to be filled is with another member already.
+    #[error("the page at {gpa:#x} is in use by another member; preload before the guest runs")]
+    InUse {
+        /// The address.
+        gpa: u64,
+    },
+    /// The member has failed or was shut down.
+    #[error("this member's memory is no longer running")]
+    Stopped,
+}
+
+/// One member's end of a shared memory.
+///
+/// Dropping it shuts it down, ends its threads and unmaps the memory.
+#[derive(Debug)]
+pub struct Dsm {
+    shell: Arc<Shell>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Dsm {
+    /// Maps the memory and starts to serve it. `links` has one stream to every other member
+    /// (from [`crate::transport::mesh`], channel 0).
+    pub fn start(cfg: DsmConfig, links: Vec<(MemberId, TcpStream)>) -> Result<Dsm, DsmError> {
+        let shell = Arc::new(Shell::new(cfg, links)?);
+        let mut dsm = Dsm { shell, threads: Vec::new() };
+        for task in threads::tasks(&dsm.shell) {
+            let shell = dsm.shell.clone();
+            let thread = thread::Builder::new()
+                .name(task.name())
+                .spawn(move || task.run(&shell))
+                .map_err(|source| DsmError::Start { what: "a memory thread", source })?;
+            dsm.threads.push(thread);
+        }
+        Ok(dsm)
+    }
+
+    /// Where the memory lies in this process: one mapping per range, ascending. Touching an absent page waits until it
+    /// has come. The mappings end when the `Dsm` is dropped: who keeps the pointers must be done with them by then.
+    pub fn mappings(&self) -> &[Mapping] {
+        self.shell.region().mappings()
+    }
+
+    /// The memory as atomics, for programs that are not a hypervisor.
+    pub fn memory(&self) -> Memory<'_> {
+        self.shell.region().memory()
+    }
+
+    /// Fills memory homed here before anybody uses it, without a fault per page. `gpa` and the length need not be
+    /// aligned; the rest of a partly filled page is zero, or what an earlier call put there.
+    pub fn preload(&self, gpa: u64, bytes: &[u8]) -> Result<(), DsmError> {
+        self.shell.preload(gpa, bytes)
+    }
+
+    /// Counters since the start. Walks the page tables of the protocol: milliseconds for gigabytes.
+    pub fn snapshot(&self) -> DsmSnapshot {
+        self.shell.snapshot()
+    }
+
+    /// The last faults, oldest first, if [`DsmConfig::fault_log`] asks for them; empties the log.
+    pub fn take_fault_log(&self) -> Vec<FaultRecord> {
+        self.shell.take_fault_log()
+    }
+
+    /// Sets who is told, once, that the memory has failed; from a thread of this crate, or at once if it has failed
+    /// already. From then on faults stay unanswered until [`Dsm::shutdown`].
+    pub fn on_failure(&self, handler: Box<dyn Fn(DsmFailure) + Send + Sync>) {
+        self.shell.on_failure(handler);
+    }
+
+    /// The failure, if there was one.
+    pub fn failure(&self) -> Option<DsmFailure> {
+        self.shell.failure()
+    }
+
+    /// Ends the service. Any thread may call it, any number of times. Peers are told, so that they do not take it for
+    /// a failure. The memory becomes inaccessible and all who wait for pages are let go: KVM_RUN and other system calls
+    /// return EFAULT, direct access raises SIGSEGV. So stop vCPUs and devices first where that is possible.
+    pub fn shutdown(&self) {
+        self.shell.shutdown();
+    }
+
+    /// A handle for shutting down from elsewhere.
+    pub fn handle(&self) -> DsmHandle {
+        DsmHandle { shell: self.shell.clone() }
+    }
+}
+
+impl Drop for Dsm {
+    fn drop(&mut self) {
+        self.shell.shutdown();
+        let me = thread::current().id();
+        for thread in self.threads.drain(..).filter(|t| t.thread().id() != me) {
+            if thread.join().is_err() {
+                tracing::error!("a memory thread panicked");
+            }
+        }
+    }
+}
+
+/// What may be asked of a [`Dsm`] from anywhere, for example from its failure handler.
+#[derive(Clone, Debug)]
+pub struct DsmHandle {
+    shell: Arc<Shell>,
+}
+
+impl DsmHandle {
+    /// See [`Dsm::snapshot`].
+    pub fn snapshot(&self) -> DsmSnapshot {
+        self.shell.snapshot()
+    }
+
+    /// See [`Dsm::shutdown`].
+    pub fn shutdown(&self) {
+        self.shell.shutdown();
+    }
+}
+
+/// Length of a page as a `usize`.
+const PAGE: usize = 4096;
+const _: () = assert!(PAGE as u64 == PAGE_SIZE);

@@ -1,0 +1,475 @@
+//! Carries out what the protocol core commands.
+//!
+//! The pages are dealt out to [`SHARDS`] cores, each behind a lock. Memory commands are carried out under the lock: a
+//! fill and the drop that follows it can't change places. None of them waits for anybody but the kernel. Frames are
+//! only queued under the lock, so that those about a page leave in order, and are written after it is let go.
+
+use super::config::DsmConfig;
+use super::failure::{Cause, DsmFailure};
+use super::keeper::Keeper;
+use super::{DsmError, PAGE};
+use crate::addr::{MAX_MEMBERS, MemberId, PAGE_SIZE};
+use crate::layout::{Layout, Page};
+use crate::protocol::pages::Share;
+use crate::protocol::{Command, Contents, Core, CoreConfig, Event, MemberSet, Msg, Right};
+use crate::region::{Fault, Region, RegionError};
+use crate::stats::{DsmSnapshot, FaultLog, FaultRecord, PeerTraffic, ShardStats};
+use crate::transport::frame::Header;
+use crate::transport::link::{Flush, Link};
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+/// Number of protocol cores is `1 << SHARD_BITS`.
+const SHARD_BITS: u32 = 4;
+/// Page buffers kept for reuse per core.
+const SPARE: usize = 32;
+
+/// A page on its way in.
+pub(super) type PageBuf = Box<[u8; PAGE]>;
+
+struct Shard {
+    core: Core<PageBuf>,
+    out: Vec<Command<PageBuf>>,
+    spare: Vec<PageBuf>,
+    stats: ShardStats,
+}
+
+/// What is left to do without the shard's lock.
+#[derive(Default)]
+struct After {
+    talk: MemberSet,
+    failure: Option<(Option<MemberId>, Cause)>,
+}
+
+const RUNNING: u8 = 0;
+const FAILED: u8 = 1;
+const STOPPED: u8 = 2;
+
+#[derive(Default)]
+struct Report {
+    failure: Option<DsmFailure>,
+    handler: Option<Box<dyn Fn(DsmFailure) + Send + Sync>>,
+}
+
+/// Everything that a member's threads share. Lock order: a shard, then a link's locks or the keeper's; `report` and
+/// `log` are taken alone.
+pub(super) struct Shell {
+    cfg: DsmConfig,
+    layout: Arc<Layout>,
+    members: MemberSet,
+    region: Region,
+    shards: Vec<Mutex<Shard>>,
+    links: Vec<Option<Link>>,
+    keeper: Keeper,
+    state: AtomicU8,
+    report: Mutex<Report>,
+    log: Option<Mutex<FaultLog>>,
+    start: Instant,
+}
+
+impl std::fmt::Debug for Shell {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shell").field("cfg", &self.cfg).field("state", &self.state).finish_non_exhaustive()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shell {
+    pub(super) fn new(cfg: DsmConfig, streams: Vec<(MemberId, TcpStream)>) -> Result<Shell, DsmError> {
+        let layout = Arc::new(Layout::new(&cfg.memory)?);
+        let members = cfg.member_set()?;
+        let mut links: Vec<Option<Link>> = (0..MAX_MEMBERS).map(|_| None).collect();
+        for (peer, stream) in streams {
+            match links.get_mut(usize::from(peer.0)) {
+                Some(slot @ None) if members.has(peer) && peer != cfg.me => {
+                    *slot = Some(Link::new(peer, stream, 0));
+                }
+                _ => return Err(DsmError::Links(peer)),
+            }
+        }
+        for peer in members.without(cfg.me).iter() {
+            if links.get(usize::from(peer.0)).is_none_or(Option::is_none) {
+                return Err(DsmError::Links(peer));
+            }
+        }
+        let region = Region::new(&layout, cfg.shards)?;
+        let token_key = rand::random::<u64>() | 1;
+        let shards = (0..1 << SHARD_BITS).map(|index| {
+            let core = Core::new(CoreConfig {
+                me: cfg.me,
+                layout: layout.clone(),
+                share: Share::new(index, SHARD_BITS),
+                hold: cfg.hold,
+                token_key: token_key.wrapping_mul(u64::from(index) * 2 + 1),
+                first_touch: cfg.first_touch.clamp(1, crate::region::MAX_ZERO_RUN),
+            });
+            let stats = ShardStats::new(Share::new(index, SHARD_BITS), layout.pages());
+            Mutex::new(Shard { core, out: Vec::new(), spare: Vec::new(), stats })
+        });
+        Ok(Shell {
+            shards: shards.collect(),
+            layout: layout.clone(),
+            members,
+            region,
+            links,
+            keeper: Keeper::new().map_err(|source| DsmError::Start { what: "the timer", source })?,
+            state: AtomicU8::new(RUNNING),
+            report: Mutex::default(),
+            log: (cfg.fault_log > 0).then(|| Mutex::new(FaultLog::new(cfg.fault_log))),
+            start: Instant::now(),
+            cfg,
+        })
+    }
+
+    pub(super) fn config(&self) -> &DsmConfig {
+        &self.cfg
+    }
+
+    pub(super) fn region(&self) -> &Region {
+        &self.region
+    }
+
+    pub(super) fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    pub(super) fn members(&self) -> MemberSet {
+        self.members
+    }
+
+    pub(super) fn keeper(&self) -> &Keeper {
+        &self.keeper
+    }
+
+    pub(super) fn links(&self) -> impl Iterator<Item = &Link> {
+        self.links.iter().flatten()
+    }
+
+    pub(super) fn link(&self, peer: MemberId) -> Option<&Link> {
+        self.links.get(usize::from(peer.0))?.as_ref()
+    }
+
+    /// Nanoseconds since the start.
+    pub(super) fn now(&self) -> u64 {
+        u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    pub(super) fn is_running(&self) -> bool {
+        self.state.load(Ordering::Acquire) == RUNNING
+    }
+
+    fn shard(&self, page: Page) -> MutexGuard<'_, Shard> {
+        let index = Share::index_of(page, SHARD_BITS) as usize;
+        lock(&self.shards[index % self.shards.len()])
+    }
+
+    /// A thread waits for a page.
+    pub(super) fn fault(&self, fault: Fault) {
+        let Fault { page, write, thread } = fault;
+        let now = self.now();
+        let mut shard = self.shard(page);
+        let after = self.process(&mut shard, now, Event::Fault { page, write });
+        let remote = shard.core.cache().is_pending(page);
+        drop(shard);
+        if let Some(log) = &self.log {
+            let gpa = self.layout.gpa_of(page);
+            lock(log).push(FaultRecord { at_ns: now, gpa, write, remote, thread });
+        }
+        self.follow_up(after, now);
+    }
+
+    /// A message has come. `bytes` is its page, if it has one.
+    pub(super) fn message(&self, from: MemberId, page: Page, msg: Msg<()>, bytes: &[u8]) {
+        let now = self.now();
+        let mut shard = self.shard(page);
+        let msg = attach(msg, || {
+            let mut buf = shard.spare.pop().unwrap_or_else(|| Box::new([0; PAGE]));
+            if let Ok(page) = <&[u8; PAGE]>::try_from(bytes) {
+                buf.copy_from_slice(page);
+            }
+            buf
+        });
+        let after = self.process(&mut shard, now, Event::Message { from, page, msg });
+        drop(shard);
+        self.follow_up(after, now);
+    }
+
+    /// A hold time has run out.
+    pub(super) fn timer(&self, page: Page) {
+        let now = self.now();
+        let after = self.process(&mut self.shard(page), now, Event::Timer { page });
+        self.follow_up(after, now);
+    }
+
+    /// Gives an event to the core and carries out what it commands.
+    fn process(&self, shard: &mut Shard, now: u64, event: Event<PageBuf>) -> After {
+        let mut after = After::default();
+        if !self.is_running() {
+            return after;
+        }
+        let Shard { core, out, spare, stats } = shard;
+        if let Err(violation) = core.handle(now, event, out) {
+            out.clear();
+            after.failure = Some((Some(violation.from), Cause::Violation(violation.to_string())));
+            return after;
+        }
+        for command in out.drain(..) {
+            if let Err(e) = self.carry_out(command, spare, stats, &mut after.talk) {
+                after.failure = Some((None, Cause::Local(e.to_string())));
+                break;
+            }
+        }
+        after
+    }
+
+    fn follow_up(&self, after: After, now: u64) {
+        if let Some((peer, cause)) = after.failure {
+            self.fail(peer, cause);
+        }
+        self.flush(after.talk, now);
+    }
+
+    fn carry_out(
+        &self,
+        command: Command<PageBuf>,
+        spare: &mut Vec<PageBuf>,
+        stats: &mut ShardStats,
+        talk: &mut MemberSet,
+    ) -> Result<(), RegionError> {
+        match command {
+            Command::Send { to, page, msg } => {
+                stats.sent(&msg);
+                if let Some(link) = self.link(to) {
+                    link.push(&Header::message(self.cfg.me, self.cfg.epoch, self.layout.gpa_of(page), &msg));
+                    *talk = talk.with(to);
+                }
+            }
+            Command::Give { to, page, terms, protect, drop } => {
+                if protect {
+                    self.region.protect(page)?;
+                }
+                let Some(link) = self.link(to) else { return Ok(()) };
+                link.push_page(|queue| {
+                    let at = queue.len();
+                    self.region.read(page, queue)?;
+                    let is_zero = queue.get(at..).is_some_and(is_zero);
+                    if is_zero {
+                        queue.truncate(at);
+                    }
+                    if drop {
+                        self.region.discard(page)?;
+                    }
+                    stats.gave(page, is_zero);
+                    let contents = if is_zero { Contents::Zero } else { Contents::Bytes(()) };
+                    let gpa = self.layout.gpa_of(page);
+                    Ok(Header::message(self.cfg.me, self.cfg.epoch, gpa, &Msg::Grant { terms, contents }))
+                })?;
+                *talk = talk.with(to);
+            }
+            Command::Drop { page } => {
+                self.region.discard(page)?;
+                stats.dropped(page);
+            }
+            Command::Install { page, right, contents, served } => {
+                let protect = right == Right::Shared;
+                match contents {
+                    Contents::Bytes(bytes) => {
+                        self.region.fill(page, &bytes, protect)?;
+                        if spare.len() < SPARE {
+                            spare.push(bytes);
+                        }
+                    }
+                    Contents::Zero => self.region.fill_zero(page, 1, protect)?,
+                    Contents::Keep => self.region.unprotect(page)?,
+                }
+                stats.served(page, &served, self.now());
+            }
+            Command::Zero { page, count, served } => {
+                self.region.fill_zero(page, count, false)?;
+                stats.first_touch(page, count, &served, self.now());
+            }
+            Command::Wake { page } => {
+                self.region.wake(page)?;
+                stats.spurious();
+            }
+            Command::Timer { page, at } => {
+                self.keeper.set_timer(at, page);
+                stats.held();
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes to the sockets, for the keeper: it will look again by itself.
+    pub(super) fn flush_quietly(&self, talk: MemberSet) {
+        let now = self.now();
+        for peer in talk.iter() {
+            let Some(link) = self.link(peer) else { continue };
+            if let Err(e) = link.flush(now) {
+                self.fail(Some(peer), Cause::Disconnected(format!("its connection broke: {e}")));
+            }
+        }
+    }
+
+    /// Writes to the sockets; what they don't take is the keeper's.
+    fn flush(&self, talk: MemberSet, now: u64) {
+        if talk.is_empty() {
+            return;
+        }
+        for peer in talk.iter() {
+            let Some(link) = self.link(peer) else { continue };
+            if link.has_left() {
+                self.fail(Some(peer), Cause::Left);
+                continue;
+            }
+            match link.flush(now) {
+                Ok(Flush::Done) => {}
+                Ok(Flush::Full) => self.keeper.kick(),
+                Err(e) => self.fail(Some(peer), Cause::Disconnected(format!("its connection broke: {e}"))),
+            }
+        }
+    }
+
+    pub(super) fn preload(&self, gpa: u64, bytes: &[u8]) -> Result<(), DsmError> {
+        if !self.is_running() {
+            return Err(DsmError::Stopped);
+        }
+        let mut gpa = gpa;
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let page = self.layout.page_at(gpa).filter(|p| self.layout.home_of(*p) == Some(self.cfg.me));
+            let page = page.ok_or(DsmError::NotHome { gpa })?;
+            let at = usize::try_from(gpa % PAGE_SIZE).unwrap_or(0);
+            let (now, later) = rest.split_at(rest.len().min(PAGE - at));
+            let mut shard = self.shard(page);
+            if shard.core.preload(page) {
+                let mut buf = [0; PAGE];
+                if let Some(room) = buf.get_mut(at..at + now.len()) {
+                    room.copy_from_slice(now);
+                }
+                self.region.fill_run(page, &buf)?;
+                shard.stats.preloaded();
+            } else if shard.core.cache().state(page) == crate::protocol::cache::State::Modified {
+                self.region.write(page, at, now)?;
+            } else {
+                return Err(DsmError::InUse { gpa });
+            }
+            gpa = gpa.saturating_add(now.len() as u64);
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// Stops answering and tells the handler, once.
+    pub(super) fn fail(&self, peer: Option<MemberId>, cause: Cause) {
+        if self.state.compare_exchange(RUNNING, FAILED, Ordering::AcqRel, Ordering::Acquire).is_err() {
+            return;
+        }
+        let failure = DsmFailure { peer, cause };
+        tracing::error!("{failure}");
+        let handler = {
+            let mut report = lock(&self.report);
+            report.failure = Some(failure.clone());
+            report.handler.take()
+        };
+        if let Some(handler) = handler {
+            handler(failure);
+        }
+        self.keeper.kick();
+    }
+
+    pub(super) fn on_failure(&self, handler: Box<dyn Fn(DsmFailure) + Send + Sync>) {
+        let failed = {
+            let mut report = lock(&self.report);
+            match report.failure.clone() {
+                None => {
+                    report.handler = Some(handler);
+                    return;
+                }
+                failed => failed,
+            }
+        };
+        if let Some(failure) = failed {
+            handler(failure);
+        }
+    }
+
+    pub(super) fn failure(&self) -> Option<DsmFailure> {
+        lock(&self.report).failure.clone()
+    }
+
+    pub(super) fn shutdown(&self) {
+        let before = self.state.swap(STOPPED, Ordering::AcqRel);
+        if before == STOPPED {
+            return;
+        }
+        for link in self.links() {
+            if before == RUNNING {
+                link.push(&Header::bye(self.cfg.me, self.cfg.epoch));
+                // What does not go now never goes; the peer then sees a broken connection, which is the truth.
+                let _ = link.flush(self.now());
+            }
+            link.close();
+        }
+        self.keeper.stop();
+        self.region.close();
+    }
+
+    pub(super) fn take_fault_log(&self) -> Vec<FaultRecord> {
+        self.log.as_ref().map(|log| lock(log).take()).unwrap_or_default()
+    }
+
+    pub(super) fn snapshot(&self) -> DsmSnapshot {
+        let mut snapshot = DsmSnapshot { replaced: self.region.replaced(), ..DsmSnapshot::default() };
+        let mut total = crate::stats::Totals::default();
+        for shard in &self.shards {
+            let shard = lock(shard);
+            let (shared, modified) = shard.core.cache().resident();
+            snapshot.pages_shared += shared;
+            snapshot.pages_modified += modified;
+            total.add(&shard.stats, &self.layout);
+        }
+        total.write_to(&mut snapshot);
+        for link in self.links() {
+            let [sent, bytes_sent, got, bytes_got] = link.traffic();
+            snapshot.peers.push(PeerTraffic {
+                peer: link.peer(),
+                messages_sent: sent,
+                bytes_sent,
+                messages_received: got,
+                bytes_received: bytes_got,
+            });
+        }
+        snapshot.finish(self.layout.pages());
+        snapshot
+    }
+}
+
+/// Turns a decoded message into one that owns its page.
+fn attach(msg: Msg<()>, bytes: impl FnOnce() -> PageBuf) -> Msg<PageBuf> {
+    match msg {
+        Msg::Grant { terms, contents } => {
+            let contents = match contents {
+                Contents::Bytes(()) => Contents::Bytes(bytes()),
+                Contents::Zero => Contents::Zero,
+                Contents::Keep => Contents::Keep,
+            };
+            Msg::Grant { terms, contents }
+        }
+        Msg::Get { write, token } => Msg::Get { write, token },
+        Msg::Forward { requester, terms, data } => Msg::Forward { requester, terms, data },
+        Msg::Invalidate { requester, token } => Msg::Invalidate { requester, token },
+        Msg::InvAck { token } => Msg::InvAck { token },
+        Msg::Done { token } => Msg::Done { token },
+    }
+}
+
+fn is_zero(page: &[u8]) -> bool {
+    static ZERO: [u8; PAGE] = [0; PAGE];
+    page == ZERO
+}

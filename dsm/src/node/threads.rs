@@ -1,0 +1,89 @@
+//! The threads of a member. None of them outlives [`Shell::shutdown`] by more than it takes to notice.
+
+use super::failure::Cause;
+use super::shell::Shell;
+use crate::addr::MemberId;
+use crate::transport::frame::{Frame, Rules};
+use crate::transport::link::Link;
+use crate::transport::reader::{FrameReader, ReadError};
+use rustix::event::{PollFd, PollFlags};
+
+/// What one thread does.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Task {
+    /// Reads the faults of one userfaultfd.
+    Faults(usize),
+    /// Reads the frames of one peer.
+    Receive(MemberId),
+    /// Waits for what nobody else waits for.
+    Keep,
+}
+
+/// One task per thread that a member needs.
+pub(super) fn tasks(shell: &Shell) -> Vec<Task> {
+    let faults = (0..shell.region().shards()).map(Task::Faults);
+    let receive = shell.links().map(|l| Task::Receive(l.peer()));
+    faults.chain(receive).chain([Task::Keep]).collect()
+}
+
+impl Task {
+    pub(super) fn name(self) -> String {
+        match self {
+            Task::Faults(shard) => format!("dsm-fault-{shard}"),
+            Task::Receive(peer) => format!("dsm-recv-{}", peer.0),
+            Task::Keep => "dsm-keeper".into(),
+        }
+    }
+
+    pub(super) fn run(self, shell: &Shell) {
+        match self {
+            Task::Faults(shard) => faults(shell, shard),
+            Task::Receive(peer) => {
+                if let Some(link) = shell.link(peer) {
+                    receive(shell, link);
+                }
+            }
+            Task::Keep => super::keeper::run(shell),
+        }
+    }
+}
+
+fn faults(shell: &Shell, shard: usize) {
+    let Some(fd) = shell.region().shard_fd(shard) else { return };
+    let mut waiting = Vec::with_capacity(16);
+    while shell.is_running() {
+        let mut fds =
+            [PollFd::new(&fd, PollFlags::IN), PollFd::new(shell.keeper().stopped_fd(), PollFlags::IN)];
+        match rustix::event::poll(&mut fds, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return shell.fail(None, Cause::Local(format!("can't wait for page faults: {e}"))),
+        }
+        if let Err(e) = shell.region().faults(shard, &mut waiting) {
+            return shell.fail(None, Cause::Local(format!("can't read page faults: {e}")));
+        }
+        for fault in waiting.drain(..) {
+            shell.fault(fault);
+        }
+    }
+}
+
+fn receive(shell: &Shell, link: &Link) {
+    let peer = link.peer();
+    let mut reader = FrameReader::new(link.stream());
+    let rules = Rules { peer, epoch: shell.config().epoch, layout: shell.layout(), members: shell.members() };
+    while shell.is_running() {
+        let (header, bytes) = match reader.next(|n| link.note_read(shell.now(), n)) {
+            Ok(next) => next,
+            Err(ReadError::Closed) if link.has_left() => return,
+            Err(ReadError::Frame(e)) => return shell.fail(Some(peer), Cause::Violation(e.to_string())),
+            Err(e) => return shell.fail(Some(peer), Cause::Disconnected(e.to_string())),
+        };
+        link.note_message();
+        match header.decode(&rules, || ()) {
+            Ok(Frame::Page(page, msg)) => shell.message(peer, page, msg, bytes),
+            Ok(Frame::Ping) => {}
+            Ok(Frame::Bye) => link.set_left(),
+            Err(e) => return shell.fail(Some(peer), Cause::Violation(e.to_string())),
+        }
+    }
+}

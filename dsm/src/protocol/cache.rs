@@ -1,0 +1,421 @@
+//! The pages a member has: faults in, grants in, demands of the homes served.
+//!
+//! ```text
+//!              Grant(Shared)               Grant(Modified, keep)
+//!   Invalid ------------------> Shared ---------------------------> Modified
+//!      ^  \                     |   ^                                |  |
+//!      |   \---------------------------- Grant(Modified) ----------->|  |
+//!      |---- Invalidate, Forward(write) ----|     ^--- Forward(read) ---|  |
+//!      |------------------- Forward(write) --------------------------------|
+//! ```
+
+use super::core::{Command, Effects};
+use super::hold::Hold;
+use super::message::{Contents, MemberSet, Msg, Right, Served, Terms, Token, Want};
+use super::pages::Share;
+use crate::addr::MemberId;
+use crate::layout::Page;
+use std::collections::BTreeMap;
+
+/// What a member has of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum State {
+    /// Nothing.
+    Invalid,
+    /// A read-only copy.
+    Shared,
+    /// The only copy, writable.
+    Modified,
+}
+
+/// Low bits of a page's byte: its state. The rest is its hold level.
+const STATE_MASK: u8 = 3;
+const LEVEL_SHIFT: u8 = 2;
+/// Stamps count units of 1024 ns and wrap; 0 means that the page never came from elsewhere.
+const STAMP_SHIFT: u32 = 10;
+
+/// A request of this member that is on its way.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Pending<D> {
+    token: Token,
+    write: bool,
+    /// Somebody wants to write while the page is being fetched for a reader.
+    then_write: bool,
+    want: Want,
+    since: u64,
+    remote: bool,
+    /// Who acknowledged so far.
+    acked: MemberSet,
+    grant: Option<(Terms, Contents<D>)>,
+}
+
+/// What the home asks of a member that has a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Demand {
+    /// Grant it to `requester`.
+    Give { requester: MemberId, terms: Terms, data: bool },
+    /// Drop it and tell `requester`.
+    Drop { requester: MemberId, token: Token },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Deferred {
+    demand: Demand,
+    until: u64,
+}
+
+/// The member's side of the protocol for one core's share of the pages.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Cache<D> {
+    me: MemberId,
+    share: Share,
+    bytes: Vec<u8>,
+    stamps: Vec<u32>,
+    pending: BTreeMap<Page, Pending<D>>,
+    deferred: BTreeMap<Page, Deferred>,
+    hold: Hold,
+    key: u64,
+    requests: u64,
+}
+
+/// A rule that a peer broke.
+pub(super) type Rule = &'static str;
+
+impl<D> Cache<D> {
+    pub(super) fn new(me: MemberId, share: Share, pages: u32, hold: Hold, key: u64) -> Cache<D> {
+        let slots = share.slots(pages);
+        Cache {
+            me,
+            share,
+            bytes: vec![0; slots],
+            stamps: vec![0; slots],
+            pending: BTreeMap::new(),
+            deferred: BTreeMap::new(),
+            hold,
+            key,
+            requests: 0,
+        }
+    }
+
+    /// What the member has of a page.
+    pub fn state(&self, page: Page) -> State {
+        match self.bytes.get(self.share.slot(page)).map(|b| b & STATE_MASK) {
+            Some(1) => State::Shared,
+            Some(2) => State::Modified,
+            _ => State::Invalid,
+        }
+    }
+
+    pub(super) fn set(&mut self, page: Page, state: State) {
+        if let Some(byte) = self.bytes.get_mut(self.share.slot(page)) {
+            *byte = (*byte & !STATE_MASK) | state as u8;
+        }
+    }
+
+    /// Whether a request for the page is on its way.
+    pub fn is_pending(&self, page: Page) -> bool {
+        self.pending.contains_key(&page)
+    }
+
+    /// Pages with a request on its way.
+    pub fn waiting(&self) -> impl Iterator<Item = Page> + '_ {
+        self.pending.keys().copied()
+    }
+
+    /// Numbers of pages held shared and modified. Walks the whole table.
+    pub fn resident(&self) -> (u64, u64) {
+        self.bytes.iter().fold((0, 0), |(s, m), b| match b & STATE_MASK {
+            1 => (s + 1, m),
+            2 => (s, m + 1),
+            _ => (s, m),
+        })
+    }
+
+    fn level(&self, page: Page) -> u8 {
+        self.bytes.get(self.share.slot(page)).map_or(0, |b| b >> LEVEL_SHIFT)
+    }
+
+    fn set_level(&mut self, page: Page, level: u8) {
+        if let Some(byte) = self.bytes.get_mut(self.share.slot(page)) {
+            *byte = (*byte & STATE_MASK) | (level << LEVEL_SHIFT);
+        }
+    }
+
+    fn stamp(&mut self, now: u64, page: Page) {
+        if let Some(stamp) = self.stamps.get_mut(self.share.slot(page)) {
+            *stamp = units(now);
+        }
+    }
+
+    /// Time since the page came from elsewhere, in nanoseconds; `None` if it never did.
+    fn age(&self, now: u64, page: Page) -> Option<u64> {
+        let stamp = *self.stamps.get(self.share.slot(page))?;
+        (stamp != 0).then(|| u64::from(units(now).wrapping_sub(stamp)) << STAMP_SHIFT)
+    }
+
+    fn next_token(&mut self) -> Token {
+        self.requests = self.requests.wrapping_add(1);
+        // SplitMix64: peers that are not told a token can't guess it from others.
+        let mut z = self.key.wrapping_add(self.requests.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+        if self.key != 0 {
+            z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+            z ^= z >> 31;
+        } else {
+            z = self.requests;
+        }
+        Token(z)
+    }
+
+    /// A thread of this member touched a page without the right to.
+    pub(super) fn fault(&mut self, now: u64, page: Page, write: bool, home: MemberId, fx: &mut Effects<D>) {
+        match self.state(page) {
+            State::Modified => return fx.push(Command::Wake { page }),
+            State::Shared if !write => return fx.push(Command::Wake { page }),
+            _ => {}
+        }
+        if let Some(pending) = self.pending.get_mut(&page) {
+            pending.then_write |= write && !pending.write;
+            return;
+        }
+        self.request(now, page, write, home, fx);
+    }
+
+    fn request(&mut self, now: u64, page: Page, write: bool, home: MemberId, fx: &mut Effects<D>) {
+        if write {
+            // Holding on to a copy that somebody waits for would only delay our own write, which queues behind it.
+            if let Some(deferred) = self.deferred.remove(&page) {
+                self.serve(page, deferred.demand, home, fx);
+            }
+        }
+        let token = self.next_token();
+        let want = match self.state(page) {
+            State::Shared => Want::Upgrade,
+            _ if write => Want::Write,
+            _ => Want::Read,
+        };
+        let remote = home != self.me;
+        self.pending.insert(
+            page,
+            Pending {
+                token,
+                write,
+                then_write: false,
+                want,
+                since: now,
+                remote,
+                acked: MemberSet::EMPTY,
+                grant: None,
+            },
+        );
+        fx.send(home, page, Msg::Get { write, token });
+    }
+
+    /// The page arrives, or the right to write the copy that is here.
+    #[allow(clippy::too_many_arguments)] // One argument per field of the message.
+    pub(super) fn grant(
+        &mut self,
+        now: u64,
+        page: Page,
+        from: MemberId,
+        terms: Terms,
+        contents: Contents<D>,
+        home: MemberId,
+        fx: &mut Effects<D>,
+    ) -> Result<(), Rule> {
+        let state = self.state(page);
+        let Some(pending) = self.pending.get_mut(&page) else {
+            return Err("granted a page that nobody asked for");
+        };
+        if pending.token != terms.token {
+            return Err("granted a page without the right to");
+        }
+        if pending.grant.is_some() {
+            return Err("granted a page that is granted already");
+        }
+        if pending.write && terms.right == Right::Shared {
+            return Err("granted a read where a write was asked for");
+        }
+        if terms.right == Right::Shared && !terms.acks.is_empty() {
+            return Err("granted a read that waits for acknowledgements");
+        }
+        if !terms.done && from != home {
+            return Err("granted a page behind its home's back");
+        }
+        if terms.acks.has(self.me) {
+            return Err("told the requester to wait for itself");
+        }
+        let keep = matches!(contents, Contents::Keep);
+        if keep != (state == State::Shared) {
+            return Err(if keep {
+                "granted a write to a copy that is not there"
+            } else {
+                "sent a page that is already here"
+            });
+        }
+        pending.remote |= from != self.me;
+        pending.grant = Some((terms, contents));
+        self.complete(now, page, home, fx)
+    }
+
+    /// A sharer dropped its copy for this member's write.
+    pub(super) fn inv_ack(
+        &mut self,
+        now: u64,
+        page: Page,
+        from: MemberId,
+        token: Token,
+        home: MemberId,
+        fx: &mut Effects<D>,
+    ) -> Result<(), Rule> {
+        let Some(pending) = self.pending.get_mut(&page).filter(|p| p.write) else {
+            return Err("acknowledged an invalidation that nobody waits for");
+        };
+        if pending.token != token {
+            return Err("acknowledged an invalidation without the right to");
+        }
+        if pending.acked.has(from) {
+            return Err("acknowledged an invalidation twice");
+        }
+        pending.remote |= from != self.me;
+        pending.acked = pending.acked.with(from);
+        self.complete(now, page, home, fx)
+    }
+
+    fn complete(&mut self, now: u64, page: Page, home: MemberId, fx: &mut Effects<D>) -> Result<(), Rule> {
+        let Some(pending) = self.pending.get(&page) else { return Ok(()) };
+        let Some((terms, _)) = &pending.grant else { return Ok(()) };
+        if pending.acked.0 & !terms.acks.0 != 0 {
+            return Err("the acknowledgements are not the ones that the home asked for");
+        }
+        if pending.acked != terms.acks {
+            return Ok(());
+        }
+        let Some(pending) = self.pending.remove(&page) else { return Ok(()) };
+        let Some((terms, contents)) = pending.grant else { return Ok(()) };
+        let state = match terms.right {
+            Right::Shared => State::Shared,
+            Right::Modified => State::Modified,
+        };
+        self.set(page, state);
+        if pending.remote {
+            self.stamp(now, page);
+            self.hold.learn(now.saturating_sub(pending.since));
+        }
+        let served = Served { want: pending.want, remote: pending.remote, since: pending.since };
+        fx.push(Command::Install { page, right: terms.right, contents, served });
+        if terms.done {
+            fx.send(home, page, Msg::Done { token: terms.token });
+        }
+        if pending.then_write && state == State::Shared {
+            self.request(now, page, true, home, fx);
+        }
+        Ok(())
+    }
+
+    /// The home wants something of a page that this member has.
+    pub(super) fn demand(
+        &mut self,
+        now: u64,
+        page: Page,
+        demand: Demand,
+        home: MemberId,
+        fx: &mut Effects<D>,
+    ) -> Result<(), Rule> {
+        let state = self.state(page);
+        let loses = match demand {
+            Demand::Give { requester, terms, data } => {
+                if requester == self.me {
+                    return Err("asked a member to grant a page to itself");
+                }
+                if state == State::Invalid {
+                    return Err("asked for a page that is not here");
+                }
+                if !data && (state != State::Shared || terms.right != Right::Modified) {
+                    return Err("asked for a grant without the contents that nobody else has");
+                }
+                if terms.acks.has(self.me) || terms.acks.has(requester) {
+                    return Err("asked for acknowledgements of members that have none to give");
+                }
+                terms.right == Right::Modified || state == State::Modified
+            }
+            Demand::Drop { requester, .. } => {
+                if requester == self.me {
+                    return Err("asked a member to invalidate for itself");
+                }
+                if state == State::Modified {
+                    return Err("asked to drop the only copy of a page");
+                }
+                true
+            }
+        };
+        if self.deferred.contains_key(&page) {
+            return Err("started a transaction before the one in front of it had ended");
+        }
+        if loses
+            && state != State::Invalid
+            && let Some(age) = self.age(now, page)
+        {
+            let level = self.level(page);
+            let hold = self.hold.time(level);
+            let next = self.hold.next_level(level, age);
+            if next != level {
+                self.set_level(page, next);
+            }
+            if age < hold && !self.is_pending(page) {
+                let until = now.saturating_add(hold - age);
+                self.deferred.insert(page, Deferred { demand, until });
+                fx.push(Command::Timer { page, at: until });
+                return Ok(());
+            }
+        }
+        self.serve(page, demand, home, fx);
+        Ok(())
+    }
+
+    /// A hold time may have run out.
+    pub(super) fn timer(&mut self, now: u64, page: Page, home: MemberId, fx: &mut Effects<D>) {
+        match self.deferred.get(&page) {
+            Some(d) if d.until > now => fx.push(Command::Timer { page, at: d.until }),
+            Some(_) => {
+                if let Some(d) = self.deferred.remove(&page) {
+                    self.serve(page, d.demand, home, fx);
+                }
+            }
+            None => {}
+        }
+    }
+
+    fn serve(&mut self, page: Page, demand: Demand, home: MemberId, fx: &mut Effects<D>) {
+        let state = self.state(page);
+        match demand {
+            Demand::Give { requester, terms, data } => {
+                let write = terms.right == Right::Modified;
+                if data {
+                    let protect = state == State::Modified;
+                    fx.push(Command::Give { to: requester, page, terms, protect, drop: write });
+                } else {
+                    fx.push(Command::Drop { page });
+                    fx.send(requester, page, Msg::Grant { terms, contents: Contents::Keep });
+                }
+                self.set(page, if write { State::Invalid } else { State::Shared });
+                if home == self.me && !terms.done {
+                    fx.send(home, page, Msg::Done { token: terms.token });
+                }
+            }
+            Demand::Drop { requester, token } => {
+                if state != State::Invalid {
+                    fx.push(Command::Drop { page });
+                    self.set(page, State::Invalid);
+                }
+                fx.send(requester, page, Msg::InvAck { token });
+            }
+        }
+    }
+}
+
+/// Nanoseconds in stamp units, never 0.
+fn units(now: u64) -> u32 {
+    let wrapped = (now >> STAMP_SHIFT) & u64::from(u32::MAX);
+    u32::try_from(wrapped).unwrap_or(0).max(1)
+}

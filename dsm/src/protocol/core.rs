@@ -1,0 +1,294 @@
+//! Both sides of a member behind one door: events in, commands out.
+
+use super::Violation;
+use super::cache::{Cache, Demand, State};
+use super::directory::{Directory, Holders};
+use super::hold::{Hold, HoldConfig};
+use super::message::{Contents, Msg, Right, Served, Terms, Want};
+use super::pages::Share;
+use crate::addr::MemberId;
+use crate::layout::{Layout, Page};
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+/// What happens to a member. Times are nanoseconds of any clock that does not step back.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Event<D> {
+    /// A thread of this member touched a page without the right to and waits.
+    Fault {
+        /// The page.
+        page: Page,
+        /// Whether it wants to write.
+        write: bool,
+    },
+    /// A message arrived.
+    Message {
+        /// Its sender.
+        from: MemberId,
+        /// The page it is about.
+        page: Page,
+        /// The message.
+        msg: Msg<D>,
+    },
+    /// The time that a [`Command::Timer`] asked for has come.
+    Timer {
+        /// The page.
+        page: Page,
+    },
+}
+
+/// What the shell around the core must do, in this order.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Command<D> {
+    /// Send a message.
+    Send {
+        /// To whom.
+        to: MemberId,
+        /// The page it is about.
+        page: Page,
+        /// The message.
+        msg: Msg<D>,
+    },
+    /// Grant the page with its contents: write-protect it if `protect`, then read it, then drop it if `drop`, then
+    /// send it (as [`Contents::Zero`] if it is all zero).
+    Give {
+        /// To whom.
+        to: MemberId,
+        /// The page.
+        page: Page,
+        /// The terms of the grant.
+        terms: Terms,
+        /// Whether the page is writable here.
+        protect: bool,
+        /// Whether this member loses the page.
+        drop: bool,
+    },
+    /// Drop the page.
+    Drop {
+        /// The page.
+        page: Page,
+    },
+    /// Put the contents in place with this right, in one step, and wake all who wait for the page. With
+    /// [`Contents::Keep`] the copy that is there becomes writable.
+    Install {
+        /// The page.
+        page: Page,
+        /// The right.
+        right: Right,
+        /// The contents.
+        contents: Contents<D>,
+        /// The fault that this ends.
+        served: Served,
+    },
+    /// Put zero pages in place, writable, and wake all who wait for them.
+    Zero {
+        /// The first page.
+        page: Page,
+        /// Number of pages.
+        count: u32,
+        /// The fault that this ends.
+        served: Served,
+    },
+    /// Wake all who wait for the page: it is there.
+    Wake {
+        /// The page.
+        page: Page,
+    },
+    /// Deliver [`Event::Timer`] at this time.
+    Timer {
+        /// The page.
+        page: Page,
+        /// When, in the time of the events.
+        at: u64,
+    },
+}
+
+/// Commands under construction. What a member says to itself goes round here.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Effects<D> {
+    me: MemberId,
+    commands: Vec<Command<D>>,
+    to_self: VecDeque<(Page, Msg<D>)>,
+}
+
+impl<D> Effects<D> {
+    pub(super) fn push(&mut self, command: Command<D>) {
+        self.commands.push(command);
+    }
+
+    pub(super) fn send(&mut self, to: MemberId, page: Page, msg: Msg<D>) {
+        if to == self.me {
+            self.to_self.push_back((page, msg));
+        } else {
+            self.commands.push(Command::Send { to, page, msg });
+        }
+    }
+}
+
+/// What a core needs to know.
+#[derive(Clone, Debug)]
+pub struct CoreConfig {
+    /// This member.
+    pub me: MemberId,
+    /// The memory.
+    pub layout: Arc<Layout>,
+    /// The pages this core is responsible for.
+    pub share: Share,
+    /// Hold times.
+    pub hold: HoldConfig,
+    /// Secret from which request tokens are made; 0 makes them count up, for tests.
+    pub token_key: u64,
+    /// How many untouched neighbours a fault on an untouched page homed here brings along, itself included.
+    pub first_touch: u32,
+}
+
+/// A member's protocol for its share of the pages.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Core<D> {
+    me: MemberId,
+    layout: Arc<Layout>,
+    share: Share,
+    first_touch: u32,
+    cache: Cache<D>,
+    directory: Directory,
+    fx: Effects<D>,
+}
+
+impl<D> Core<D> {
+    /// A member that has no page, in a memory that nobody has touched.
+    pub fn new(cfg: CoreConfig) -> Core<D> {
+        let CoreConfig { me, layout, share, hold, token_key, first_touch } = cfg;
+        let pages = layout.pages();
+        Core {
+            me,
+            share,
+            first_touch,
+            cache: Cache::new(me, share, pages, Hold::new(&hold), token_key),
+            directory: Directory::new(me, share, pages),
+            layout,
+            fx: Effects { me, commands: Vec::new(), to_self: VecDeque::new() },
+        }
+    }
+
+    /// The pages this member has.
+    pub fn cache(&self) -> &Cache<D> {
+        &self.cache
+    }
+
+    /// The pages this member is home of.
+    pub fn directory(&self) -> &Directory {
+        &self.directory
+    }
+
+    /// Takes an event and appends what is to be done to `out`. After a violation the core's state is not to be
+    /// used again.
+    pub fn handle(&mut self, now: u64, event: Event<D>, out: &mut Vec<Command<D>>) -> Result<(), Violation> {
+        std::mem::swap(out, &mut self.fx.commands);
+        let result = self.dispatch(now, event);
+        std::mem::swap(out, &mut self.fx.commands);
+        result
+    }
+
+    fn dispatch(&mut self, now: u64, event: Event<D>) -> Result<(), Violation> {
+        match event {
+            Event::Fault { page, write } => {
+                let Some(home) = self.home(page) else { return Ok(()) };
+                if !self.claim(now, page, write, home) {
+                    self.cache.fault(now, page, write, home, &mut self.fx);
+                }
+            }
+            Event::Timer { page } => {
+                let Some(home) = self.home(page) else { return Ok(()) };
+                self.cache.timer(now, page, home, &mut self.fx);
+            }
+            Event::Message { from, page, msg } => {
+                self.message(now, from, page, msg)?;
+            }
+        }
+        while let Some((page, msg)) = self.fx.to_self.pop_front() {
+            self.message(now, self.me, page, msg)?;
+        }
+        Ok(())
+    }
+
+    fn home(&self, page: Page) -> Option<MemberId> {
+        self.layout.home_of(page).filter(|_| self.share.has(page))
+    }
+
+    fn message(&mut self, now: u64, from: MemberId, page: Page, msg: Msg<D>) -> Result<(), Violation> {
+        let blame = |what| Violation { from, page, what };
+        let home = self.home(page).ok_or(blame("spoke of a page that is not there"))?;
+        let fx = &mut self.fx;
+        let result = match msg {
+            Msg::Get { .. } | Msg::Done { .. } if home != self.me => {
+                Err("took this member for the home of the page")
+            }
+            Msg::Forward { .. } | Msg::Invalidate { .. } if home != from => {
+                Err("spoke for a home that it is not")
+            }
+            Msg::Get { write, token } => {
+                return self.directory.get(page, from, write, token, fx).map_err(|b| b.on(page));
+            }
+            Msg::Done { token } => {
+                return self.directory.done(page, from, token, fx).map_err(|b| b.on(page));
+            }
+            Msg::Forward { requester, terms, data } => {
+                self.cache.demand(now, page, Demand::Give { requester, terms, data }, home, fx)
+            }
+            Msg::Invalidate { requester, token } => {
+                self.cache.demand(now, page, Demand::Drop { requester, token }, home, fx)
+            }
+            Msg::Grant { terms, contents } => self.cache.grant(now, page, from, terms, contents, home, fx),
+            Msg::InvAck { token } => self.cache.inv_ack(now, page, from, token, home, fx),
+        };
+        result.map_err(blame)
+    }
+
+    /// Whether a page is homed here and nobody has it or is about to.
+    fn is_unclaimed(&self, page: Page) -> bool {
+        self.home(page) == Some(self.me)
+            && self.directory.holders(page) == Holders::Untouched
+            && !self.directory.is_busy(page)
+            && !self.cache.is_pending(page)
+            && self.cache.state(page) == State::Invalid
+    }
+
+    fn take(&mut self, page: Page) {
+        self.directory.set(page, Holders::Modified { owner: self.me });
+        self.cache.set(page, State::Modified);
+    }
+
+    /// First touch of a page homed here: no message at all, and untouched neighbours come along.
+    fn claim(&mut self, now: u64, page: Page, write: bool, home: MemberId) -> bool {
+        if home != self.me || !self.is_unclaimed(page) {
+            return false;
+        }
+        let mut count = 0;
+        while count < self.first_touch.max(1) {
+            let Some(next) = page.0.checked_add(count).map(Page).filter(|p| self.is_unclaimed(*p)) else {
+                break;
+            };
+            // A run of page numbers is a run of addresses only inside one range.
+            if self.layout.gpa_of(next)
+                != self.layout.gpa_of(page) + u64::from(count) * crate::addr::PAGE_SIZE
+            {
+                break;
+            }
+            self.take(next);
+            count += 1;
+        }
+        let want = if write { Want::Write } else { Want::Read };
+        self.fx.push(Command::Zero { page, count, served: Served { want, remote: false, since: now } });
+        true
+    }
+
+    /// Makes this member the owner of a page homed here that nobody has touched, for filling it before anybody can
+    /// fault. The shell must put the contents in place, writable. `false` if the page is not of that kind.
+    pub fn preload(&mut self, page: Page) -> bool {
+        let free = self.is_unclaimed(page);
+        if free {
+            self.take(page);
+        }
+        free
+    }
+}

@@ -1,0 +1,251 @@
+//! The home's side: who has a page, whose turn it is, and who must be told.
+
+use super::Violation;
+use super::cache::Rule;
+use super::core::Effects;
+use super::message::{Contents, MemberSet, Msg, Right, Terms, Token};
+use super::pages::Share;
+use crate::addr::MemberId;
+use crate::layout::Page;
+use std::collections::{BTreeMap, VecDeque};
+
+/// Who has a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Holders {
+    /// Nobody has touched it: it is zero.
+    Untouched,
+    /// Read-only copies; `owner` (one of them) answers for the contents.
+    Shared {
+        /// Who answers.
+        owner: MemberId,
+        /// Who has a copy.
+        sharers: MemberSet,
+    },
+    /// The only copy, writable.
+    Modified {
+        /// Who has it.
+        owner: MemberId,
+    },
+}
+
+/// [`Holders`] in 16 bytes whose zero is `Untouched`, so that the table costs nothing until pages are used.
+type Packed = [u64; 2];
+const SHARED: u64 = 1 << 16;
+const MODIFIED: u64 = 2 << 16;
+
+fn pack(holders: Holders) -> Packed {
+    match holders {
+        Holders::Untouched => [0, 0],
+        Holders::Shared { owner, sharers } => [sharers.0, u64::from(owner.0) | SHARED],
+        Holders::Modified { owner } => [0, u64::from(owner.0) | MODIFIED],
+    }
+}
+
+fn unpack([sharers, word]: Packed) -> Holders {
+    let owner = MemberId(u16::try_from(word & 0xFFFF).unwrap_or(0));
+    match word & (SHARED | MODIFIED) {
+        SHARED => Holders::Shared { owner, sharers: MemberSet(sharers) },
+        MODIFIED => Holders::Modified { owner },
+        _ => Holders::Untouched,
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Request {
+    from: MemberId,
+    write: bool,
+    token: Token,
+}
+
+/// Who broke a rule: with a queue, not always the one that spoke last.
+#[derive(Debug)]
+pub(super) struct Blame {
+    pub(super) who: MemberId,
+    pub(super) rule: Rule,
+}
+
+impl Blame {
+    pub(super) fn on(self, page: Page) -> Violation {
+        Violation { from: self.who, page, what: self.rule }
+    }
+}
+
+/// A transaction that has begun, and those that wait for its end.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Busy {
+    token: Token,
+    /// Whose `Done` ends it: the requester, or this member when it answers alone.
+    closer: MemberId,
+    requester: MemberId,
+    queue: VecDeque<Request>,
+}
+
+/// The directory of one core's share of the pages homed at this member.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Directory {
+    me: MemberId,
+    share: Share,
+    entries: Vec<Packed>,
+    busy: BTreeMap<Page, Busy>,
+}
+
+impl Directory {
+    pub(super) fn new(me: MemberId, share: Share, pages: u32) -> Directory {
+        Directory { me, share, entries: vec![[0, 0]; share.slots(pages)], busy: BTreeMap::new() }
+    }
+
+    /// Who has a page, as of the transaction that was begun last.
+    pub fn holders(&self, page: Page) -> Holders {
+        unpack(self.entries.get(self.share.slot(page)).copied().unwrap_or([0, 0]))
+    }
+
+    pub(super) fn set(&mut self, page: Page, holders: Holders) {
+        if let Some(entry) = self.entries.get_mut(self.share.slot(page)) {
+            *entry = pack(holders);
+        }
+    }
+
+    /// Whether a transaction of the page is under way.
+    pub fn is_busy(&self, page: Page) -> bool {
+        self.busy.contains_key(&page)
+    }
+
+    /// Somebody asks for a page.
+    pub(super) fn get<D>(
+        &mut self,
+        page: Page,
+        from: MemberId,
+        write: bool,
+        token: Token,
+        fx: &mut Effects<D>,
+    ) -> Result<(), Blame> {
+        let request = Request { from, write, token };
+        if let Some(busy) = self.busy.get_mut(&page) {
+            if busy.requester == from || busy.queue.iter().any(|r| r.from == from) {
+                return Err(Blame { who: from, rule: "asked again before it had its answer" });
+            }
+            busy.queue.push_back(request);
+            return Ok(());
+        }
+        self.start(page, request, VecDeque::new(), fx)
+    }
+
+    /// A transaction has ended; the next in line begins.
+    pub(super) fn done<D>(
+        &mut self,
+        page: Page,
+        from: MemberId,
+        token: Token,
+        fx: &mut Effects<D>,
+    ) -> Result<(), Blame> {
+        match self.busy.get(&page) {
+            Some(busy) if busy.closer == from && busy.token == token => {}
+            _ => return Err(Blame { who: from, rule: "ended a transaction that is not its own" }),
+        }
+        let mut queue = self.busy.remove(&page).map(|b| b.queue).unwrap_or_default();
+        match queue.pop_front() {
+            Some(next) => self.start(page, next, queue, fx),
+            None => Ok(()),
+        }
+    }
+
+    /// Begins a transaction. Requests that the home can grant alone with one message end right here; then the
+    /// next in line begins.
+    fn start<D>(
+        &mut self,
+        page: Page,
+        request: Request,
+        mut queue: VecDeque<Request>,
+        fx: &mut Effects<D>,
+    ) -> Result<(), Blame> {
+        let mut next = Some(request);
+        while let Some(request) = next {
+            let Request { from: requester, token, .. } = request;
+            if let Some(closer) =
+                self.transact(page, request, fx).map_err(|rule| Blame { who: requester, rule })?
+            {
+                self.busy.insert(page, Busy { token, closer, requester, queue });
+                return Ok(());
+            }
+            next = queue.pop_front();
+        }
+        Ok(())
+    }
+
+    /// Sends what a request takes. Returns whose `Done` will end the transaction, or `None` if it has ended.
+    fn transact<D>(
+        &mut self,
+        page: Page,
+        request: Request,
+        fx: &mut Effects<D>,
+    ) -> Result<Option<MemberId>, Rule> {
+        let Request { from, write, token } = request;
+        let me = self.me;
+        let right = if write { Right::Modified } else { Right::Shared };
+        match self.holders(page) {
+            Holders::Untouched => {
+                self.set(page, Holders::Modified { owner: from });
+                let terms = Terms { token, right: Right::Modified, acks: MemberSet::EMPTY, done: false };
+                fx.send(from, page, Msg::Grant { terms, contents: Contents::Zero });
+                Ok(None)
+            }
+            Holders::Modified { owner } => {
+                if owner == from {
+                    return Err("asked for a page that only it has");
+                }
+                self.set(
+                    page,
+                    if write {
+                        Holders::Modified { owner: from }
+                    } else {
+                        Holders::Shared { owner, sharers: MemberSet::only(owner).with(from) }
+                    },
+                );
+                let done = owner != me;
+                let terms = Terms { token, right, acks: MemberSet::EMPTY, done };
+                fx.send(owner, page, Msg::Forward { requester: from, terms, data: true });
+                Ok(Some(if done { from } else { me }))
+            }
+            Holders::Shared { owner, sharers } if !write => {
+                if sharers.has(from) {
+                    return Err("asked to read a page that it has");
+                }
+                self.set(page, Holders::Shared { owner, sharers: sharers.with(from) });
+                let source = if sharers.has(me) { me } else { owner };
+                let done = source != me;
+                let terms = Terms { token, right, acks: MemberSet::EMPTY, done };
+                fx.send(source, page, Msg::Forward { requester: from, terms, data: true });
+                Ok(Some(if done { from } else { me }))
+            }
+            Holders::Shared { owner, sharers } => {
+                let data = !sharers.has(from);
+                let others = sharers.without(from);
+                self.set(page, Holders::Modified { owner: from });
+                // The home answers where it can: then nobody needs to be told the end of it.
+                let source = if others.has(me) {
+                    Some(me)
+                } else if data {
+                    Some(owner)
+                } else {
+                    None
+                };
+                let acks = source.map_or(others, |s| others.without(s));
+                let done = !acks.is_empty() || source.is_some_and(|s| s != me);
+                let terms = Terms { token, right, acks, done };
+                for sharer in acks.iter() {
+                    fx.send(sharer, page, Msg::Invalidate { requester: from, token });
+                }
+                match source {
+                    Some(source) => {
+                        fx.send(source, page, Msg::Forward { requester: from, terms, data });
+                        Ok(Some(if done { from } else { me }))
+                    }
+                    None => {
+                        fx.send(from, page, Msg::Grant { terms, contents: Contents::Keep });
+                        Ok(done.then_some(from))
+                    }
+                }
+            }
+        }
+    }
+}

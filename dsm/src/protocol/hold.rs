@@ -1,0 +1,118 @@
+//! How long a member keeps a page before it honours a request to give it up.
+//!
+//! Without a hold two writers can steal a page from each other so fast that neither completes an instruction. The
+//! hold of a page adapts: a page that is asked for right after it came is contended and is kept longer each time, up
+//! to a multiple of what a transfer costs here (kept as a slowly rising minimum of the measured ones); a page
+//! asked for long after it came falls back.
+
+use std::time::Duration;
+
+/// Number of steps between the shortest and the longest hold.
+const LEVELS: u8 = 8;
+
+/// Limits of the hold time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct HoldConfig {
+    /// Hold of a page that is not contended.
+    pub min: Duration,
+    /// No page is held longer than this.
+    pub max: Duration,
+    /// The longest hold of a contended page, in transfer times.
+    pub transfers: u32,
+}
+
+impl Default for HoldConfig {
+    fn default() -> Self {
+        HoldConfig { min: Duration::from_micros(20), max: Duration::from_millis(10), transfers: 4 }
+    }
+}
+
+impl HoldConfig {
+    /// No hold at all: for tests and for measuring its worth.
+    pub const NONE: HoldConfig = HoldConfig { min: Duration::ZERO, max: Duration::ZERO, transfers: 0 };
+}
+
+/// The policy of one core: turns levels into times.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Hold {
+    min: u64,
+    max: u64,
+    transfers: u64,
+    transfer: u64,
+}
+
+fn nanos(d: Duration) -> u64 {
+    u64::try_from(d.as_nanos()).unwrap_or(u64::MAX)
+}
+
+impl Hold {
+    /// A policy that has seen no transfer yet.
+    pub fn new(cfg: &HoldConfig) -> Hold {
+        Hold { min: nanos(cfg.min), max: nanos(cfg.max), transfers: u64::from(cfg.transfers), transfer: 0 }
+    }
+
+    /// Learns what a remote fault cost, in nanoseconds.
+    pub fn learn(&mut self, cost: u64) {
+        if self.transfers == 0 {
+            return;
+        }
+        self.transfer = if self.transfer == 0 || cost < self.transfer {
+            cost
+        } else {
+            self.transfer + self.transfer / 256
+        };
+    }
+
+    /// Hold time at `level`, in nanoseconds.
+    pub fn time(&self, level: u8) -> u64 {
+        let longest = self.transfer.saturating_mul(self.transfers).min(self.max);
+        let step = longest >> (LEVELS - level.min(LEVELS));
+        if level == 0 { self.min.min(self.max) } else { step.max(self.min).min(self.max) }
+    }
+
+    /// The level after the page was asked for `age` nanoseconds after it came.
+    pub fn next_level(&self, level: u8, age: u64) -> u8 {
+        if self.max == 0 {
+            return 0;
+        }
+        let hold = self.time(level).max(self.transfer);
+        if age < hold.saturating_mul(2) {
+            (level + 1).min(LEVELS)
+        } else if age > hold.saturating_mul(8) {
+            level.saturating_sub(1)
+        } else {
+            level
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn contended_pages_are_held_longer_and_recover() {
+        let mut hold = Hold::new(&HoldConfig::default());
+        hold.learn(50_000);
+        let mut level = 0;
+        let mut last = hold.time(level);
+        for _ in 0..20 {
+            level = hold.next_level(level, 1000);
+            assert!(hold.time(level) >= last);
+            last = hold.time(level);
+        }
+        assert_eq!(last, 200_000);
+        for _ in 0..20 {
+            level = hold.next_level(level, 1_000_000_000);
+        }
+        assert_eq!(hold.time(level), 20_000);
+    }
+
+    #[test]
+    fn no_hold_means_none() {
+        let mut hold = Hold::new(&HoldConfig::NONE);
+        hold.learn(50_000);
+        assert_eq!(hold.next_level(0, 0), 0);
+        assert_eq!(hold.time(8), 0);
+    }
+}

@@ -1,0 +1,151 @@
+//! What members say to each other about one page, and the sets and rights that go with it.
+
+use crate::addr::MemberId;
+
+/// A set of members, one bit each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct MemberSet(pub u64);
+
+impl MemberSet {
+    /// The set with nobody in it.
+    pub const EMPTY: MemberSet = MemberSet(0);
+
+    fn bit(member: MemberId) -> u64 {
+        1u64.checked_shl(u32::from(member.0)).unwrap_or(0)
+    }
+
+    /// The set with one member.
+    pub fn only(member: MemberId) -> MemberSet {
+        MemberSet(Self::bit(member))
+    }
+
+    /// Whether `member` is in the set.
+    pub fn has(self, member: MemberId) -> bool {
+        self.0 & Self::bit(member) != 0
+    }
+
+    /// The set and `member`.
+    pub fn with(self, member: MemberId) -> MemberSet {
+        MemberSet(self.0 | Self::bit(member))
+    }
+
+    /// The set but `member`.
+    pub fn without(self, member: MemberId) -> MemberSet {
+        MemberSet(self.0 & !Self::bit(member))
+    }
+
+    /// Whether nobody is in the set.
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// The members, ascending.
+    pub fn iter(self) -> impl Iterator<Item = MemberId> {
+        (0..64u16).map(MemberId).filter(move |m| self.has(*m))
+    }
+}
+
+/// What a member may do with a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Right {
+    /// Read; others may read too.
+    Shared,
+    /// Read and write; nobody else has the page.
+    Modified,
+}
+
+/// The number by which a requester knows the answers to its request. Chosen by the requester, told by the home to
+/// exactly those members that must answer: who does not know it has no right to answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Token(pub u64);
+
+/// The bytes that come with a grant.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Contents<D> {
+    /// The page is all zero; nothing moves.
+    Zero,
+    /// The page.
+    Bytes(D),
+    /// The copy that the requester already has is the newest.
+    Keep,
+}
+
+/// What a grant says beside the contents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Terms {
+    /// The request that is answered.
+    pub token: Token,
+    /// What the requester may do with the page once everybody in `acks` has answered too.
+    pub right: Right,
+    /// The sharers whose [`Msg::InvAck`] the requester must wait for.
+    pub acks: MemberSet,
+    /// Whether the home waits for the requester's [`Msg::Done`].
+    pub done: bool,
+}
+
+/// A message about one page.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Msg<D> {
+    /// Requester to home: let me read (or write) this page.
+    Get {
+        /// Whether the requester wants to write.
+        write: bool,
+        /// The requester's number for this request.
+        token: Token,
+    },
+    /// Home to the member that answers: grant the page to `requester` on these terms.
+    Forward {
+        /// Who asked.
+        requester: MemberId,
+        /// The terms of the grant; [`Right::Modified`] means to drop the own copy first.
+        terms: Terms,
+        /// Whether the requester needs the contents (else it holds them already).
+        data: bool,
+    },
+    /// Home to a sharer: drop the page and tell `requester`.
+    Invalidate {
+        /// Who waits for the acknowledgement.
+        requester: MemberId,
+        /// The requester's number.
+        token: Token,
+    },
+    /// Home or owner to requester: the page.
+    Grant {
+        /// The terms.
+        terms: Terms,
+        /// The bytes.
+        contents: Contents<D>,
+    },
+    /// Sharer to requester: I dropped my copy.
+    InvAck {
+        /// The requester's number.
+        token: Token,
+    },
+    /// Requester to home: I have it; go on with the next request.
+    Done {
+        /// The requester's number.
+        token: Token,
+    },
+}
+
+/// Why a fault was served as it was; for counters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Want {
+    /// A read of a page that is not here.
+    Read,
+    /// A write to a page that is not here.
+    Write,
+    /// A write to a page that is here to be read.
+    Upgrade,
+}
+
+/// A fault that has been served: what its histogram needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Served {
+    /// What was asked.
+    pub want: Want,
+    /// Whether any other member was involved.
+    pub remote: bool,
+    /// When the request began, in the time of the events.
+    pub since: u64,
+}

@@ -1,0 +1,68 @@
+//! Which pages one [`Core`](super::Core) is responsible for, and where they lie in its dense tables.
+
+use crate::layout::Page;
+
+/// Neighbouring pages stay together in blocks of this many, so that one core can serve a run of pages.
+const BLOCK: u32 = 64;
+
+/// A member's pages are dealt out to `1 << bits` cores in blocks; this is core `index`'s share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Share {
+    index: u32,
+    bits: u32,
+}
+
+impl Share {
+    /// All pages in one core.
+    pub const WHOLE: Share = Share { index: 0, bits: 0 };
+
+    /// The share of core `index` of `1 << bits`.
+    pub fn new(index: u32, bits: u32) -> Share {
+        Share { index, bits: bits.min(16) }
+    }
+
+    /// The core, of `1 << bits`, that has a page.
+    pub fn index_of(page: Page, bits: u32) -> u32 {
+        (page.0 / BLOCK) & ((1 << bits.min(16)) - 1)
+    }
+
+    /// Whether the page belongs to this share.
+    pub fn has(self, page: Page) -> bool {
+        Self::index_of(page, self.bits) == self.index
+    }
+
+    /// Position of a page of this share in its dense tables.
+    pub fn slot(self, page: Page) -> usize {
+        let block = (page.0 / BLOCK) >> self.bits;
+        (block * BLOCK + page.0 % BLOCK) as usize
+    }
+
+    /// The page at a position: the inverse of [`Share::slot`].
+    pub fn page(self, slot: usize) -> Page {
+        let slot = u32::try_from(slot).unwrap_or(u32::MAX);
+        Page((((slot / BLOCK) << self.bits) | self.index) * BLOCK + slot % BLOCK)
+    }
+
+    /// Number of slots for a memory of `pages` pages.
+    pub fn slots(self, pages: u32) -> usize {
+        let blocks = pages.div_ceil(BLOCK) as usize;
+        (blocks >> self.bits) * BLOCK as usize + BLOCK as usize
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_are_dense_and_invertible() {
+        for bits in 0..4 {
+            for n in 0..5000 {
+                let share = Share::new(Share::index_of(Page(n), bits), bits);
+                assert!(share.has(Page(n)));
+                assert_eq!(share.page(share.slot(Page(n))), Page(n));
+                assert!(share.slot(Page(n)) < share.slots(5000));
+            }
+        }
+    }
+}

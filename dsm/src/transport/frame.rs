@@ -1,0 +1,347 @@
+//! The page protocol on the wire. Every frame is a [`Header`] of 48 bytes, then a page's 4096 bytes or nothing.
+
+use crate::addr::{Epoch, MAX_MEMBERS, MemberId, PAGE_SIZE};
+use crate::layout::{Layout, Page};
+use crate::protocol::{Contents, MemberSet, Msg, Right, Terms, Token};
+use thiserror::Error;
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// First two bytes of every frame.
+const MAGIC: u16 = 0x7053;
+/// Length of a [`Header`] in bytes.
+pub const HEADER_LEN: usize = size_of::<Header>();
+/// Length of a page in bytes, as a `usize`.
+pub const PAGE_LEN: usize = 4096;
+const _: () = assert!(HEADER_LEN == 48 && PAGE_LEN as u64 == PAGE_SIZE);
+
+const GET: u8 = 1;
+const FORWARD: u8 = 2;
+const INVALIDATE: u8 = 3;
+const GRANT: u8 = 4;
+const INV_ACK: u8 = 5;
+const DONE: u8 = 6;
+const PING: u8 = 7;
+const BYE: u8 = 8;
+
+/// The right asked for or granted is to write.
+const WRITE: u8 = 1;
+/// The home waits for `Done`.
+const WAITS: u8 = 2;
+/// Forward: the requester needs the contents. Grant: a page follows.
+const DATA: u8 = 4;
+/// Grant: the page is all zero.
+const ZERO: u8 = 8;
+
+/// The fixed part of a frame, little-endian.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct Header {
+    magic: U16,
+    kind: u8,
+    flags: u8,
+    from: U16,
+    requester: U16,
+    epoch: U64,
+    gpa: U64,
+    token: U64,
+    acks: U64,
+    len: U32,
+    reserved: U32,
+}
+
+/// A frame that no honest member sends.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum FrameError {
+    /// Not the start of a frame.
+    #[error("a frame starts with {0:#06x}")]
+    Magic(u16),
+    /// Not a message of this version.
+    #[error("unknown frame kind {0}")]
+    Kind(u8),
+    /// Flags that the kind does not have, or reserved fields that are not zero.
+    #[error("frame kind {kind} has flags {flags:#04x}")]
+    Flags {
+        /// Kind of the frame.
+        kind: u8,
+        /// Its flags.
+        flags: u8,
+    },
+    /// The frame says it comes from somebody else.
+    #[error("a frame says it comes from {0}")]
+    Sender(MemberId),
+    /// The frame belongs to another topology.
+    #[error("a frame of epoch {got}, ours is {ours}")]
+    Epoch {
+        /// Its epoch.
+        got: u64,
+        /// Our epoch.
+        ours: u64,
+    },
+    /// The address has no page, or is not the first of one.
+    #[error("a frame about {0:#x}, where there is no page")]
+    Gpa(u64),
+    /// A member that the memory does not have.
+    #[error("a frame about members that do not exist")]
+    Members,
+    /// The length does not fit the kind.
+    #[error("frame kind {kind} with {len} bytes behind it")]
+    Length {
+        /// Kind of the frame.
+        kind: u8,
+        /// Its length field.
+        len: u32,
+    },
+}
+
+/// What a frame says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Frame<D> {
+    /// A message of the page protocol.
+    Page(Page, Msg<D>),
+    /// The sender is alive.
+    Ping,
+    /// The sender leaves in good order.
+    Bye,
+}
+
+/// Who may say what on one stream.
+#[derive(Clone, Copy, Debug)]
+pub struct Rules<'a> {
+    /// The member at the other end.
+    pub peer: MemberId,
+    /// The topology's number.
+    pub epoch: Epoch,
+    /// The memory.
+    pub layout: &'a Layout,
+    /// All members.
+    pub members: MemberSet,
+}
+
+impl Header {
+    fn new(me: MemberId, epoch: Epoch, kind: u8) -> Header {
+        Header {
+            magic: U16::new(MAGIC),
+            kind,
+            flags: 0,
+            from: U16::new(me.0),
+            requester: U16::new(0),
+            epoch: U64::new(epoch.0),
+            gpa: U64::new(0),
+            token: U64::new(0),
+            acks: U64::new(0),
+            len: U32::new(0),
+            reserved: U32::new(0),
+        }
+    }
+
+    /// A sign of life.
+    pub fn ping(me: MemberId, epoch: Epoch) -> Header {
+        Header::new(me, epoch, PING)
+    }
+
+    /// A farewell.
+    pub fn bye(me: MemberId, epoch: Epoch) -> Header {
+        Header::new(me, epoch, BYE)
+    }
+
+    fn terms(mut self, terms: Terms) -> Header {
+        self.token = U64::new(terms.token.0);
+        self.acks = U64::new(terms.acks.0);
+        self.flags |= if terms.right == Right::Modified { WRITE } else { 0 };
+        self.flags |= if terms.done { WAITS } else { 0 };
+        self
+    }
+
+    /// A message about the page at `gpa`. If it carries a page, the caller appends the bytes.
+    pub fn message<D>(me: MemberId, epoch: Epoch, gpa: u64, msg: &Msg<D>) -> Header {
+        let mut header = match msg {
+            Msg::Get { .. } => Header::new(me, epoch, GET),
+            Msg::Forward { terms, .. } => Header::new(me, epoch, FORWARD).terms(*terms),
+            Msg::Invalidate { .. } => Header::new(me, epoch, INVALIDATE),
+            Msg::Grant { terms, .. } => Header::new(me, epoch, GRANT).terms(*terms),
+            Msg::InvAck { .. } => Header::new(me, epoch, INV_ACK),
+            Msg::Done { .. } => Header::new(me, epoch, DONE),
+        };
+        header.gpa = U64::new(gpa);
+        match msg {
+            Msg::Get { write, token } => {
+                header.flags |= if *write { WRITE } else { 0 };
+                header.token = U64::new(token.0);
+            }
+            Msg::Forward { requester, data, .. } => {
+                header.flags |= if *data { DATA } else { 0 };
+                header.requester = U16::new(requester.0);
+            }
+            Msg::Invalidate { requester, token } => {
+                header.requester = U16::new(requester.0);
+                header.token = U64::new(token.0);
+            }
+            Msg::Grant { contents, .. } => match contents {
+                Contents::Zero => header.flags |= ZERO,
+                Contents::Bytes(_) => {
+                    header.flags |= DATA;
+                    header.len = U32::new(4096);
+                }
+                Contents::Keep => {}
+            },
+            Msg::InvAck { token } | Msg::Done { token } => header.token = U64::new(token.0),
+        }
+        header
+    }
+
+    /// Bytes that follow the header. At most a page; more is an error whatever the frame is.
+    pub fn payload_len(&self) -> Result<usize, FrameError> {
+        if self.magic.get() != MAGIC {
+            return Err(FrameError::Magic(self.magic.get()));
+        }
+        match self.len.get() {
+            0 => Ok(0),
+            4096 if self.kind == GRANT => Ok(PAGE_LEN),
+            len => Err(FrameError::Length { kind: self.kind, len }),
+        }
+    }
+
+    /// Checks everything that can be checked without the protocol's state. `bytes` makes the contents from the
+    /// payload and is called only for a grant that has one.
+    pub fn decode<D>(&self, rules: &Rules<'_>, bytes: impl FnOnce() -> D) -> Result<Frame<D>, FrameError> {
+        let kind = self.kind;
+        let flags = self.flags;
+        let payload = self.payload_len()?;
+        if self.from.get() != rules.peer.0 {
+            return Err(FrameError::Sender(MemberId(self.from.get())));
+        }
+        if self.epoch.get() != rules.epoch.0 {
+            return Err(FrameError::Epoch { got: self.epoch.get(), ours: rules.epoch.0 });
+        }
+        let allowed = match kind {
+            GET => WRITE,
+            FORWARD => WRITE | WAITS | DATA,
+            GRANT => WRITE | WAITS | DATA | ZERO,
+            INVALIDATE | INV_ACK | DONE | PING | BYE => 0,
+            _ => return Err(FrameError::Kind(kind)),
+        };
+        let contradictory = flags & DATA != 0 && flags & ZERO != 0;
+        if flags & !allowed != 0 || contradictory || self.reserved.get() != 0 {
+            return Err(FrameError::Flags { kind, flags });
+        }
+        if (payload != 0) != (kind == GRANT && flags & DATA != 0) {
+            return Err(FrameError::Length { kind, len: self.len.get() });
+        }
+        match kind {
+            PING => return Ok(Frame::Ping),
+            BYE => return Ok(Frame::Bye),
+            _ => {}
+        }
+        let gpa = self.gpa.get();
+        let page = match rules.layout.page_at(gpa) {
+            Some(page) if gpa % PAGE_SIZE == 0 => page,
+            _ => return Err(FrameError::Gpa(gpa)),
+        };
+        let requester = MemberId(self.requester.get());
+        let acks = MemberSet(self.acks.get());
+        let names = matches!(kind, FORWARD | INVALIDATE);
+        let known = usize::from(requester.0) < MAX_MEMBERS && rules.members.has(requester);
+        if (names && !known) || acks.0 & !rules.members.0 != 0 {
+            return Err(FrameError::Members);
+        }
+        let token = Token(self.token.get());
+        let right = if flags & WRITE != 0 { Right::Modified } else { Right::Shared };
+        let terms = Terms { token, right, acks, done: flags & WAITS != 0 };
+        let msg = match kind {
+            GET => Msg::Get { write: flags & WRITE != 0, token },
+            FORWARD => Msg::Forward { requester, terms, data: flags & DATA != 0 },
+            INVALIDATE => Msg::Invalidate { requester, token },
+            GRANT => {
+                let contents = match flags & (DATA | ZERO) {
+                    DATA => Contents::Bytes(bytes()),
+                    ZERO => Contents::Zero,
+                    _ => Contents::Keep,
+                };
+                Msg::Grant { terms, contents }
+            }
+            INV_ACK => Msg::InvAck { token },
+            _ => Msg::Done { token },
+        };
+        Ok(Frame::Page(page, msg))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addr::HomeRange;
+
+    type Case = (Box<dyn Fn(&mut Header)>, FrameError);
+    const ME: MemberId = MemberId(1);
+
+    fn layout() -> Layout {
+        Layout::new(&[HomeRange { start: 0, len: 0x4000, home: MemberId(0) }]).unwrap()
+    }
+
+    fn messages() -> Vec<Msg<u8>> {
+        let token = Token(0x1234_5678_9abc);
+        let terms = Terms { token, right: Right::Modified, acks: MemberSet(0b100), done: true };
+        let read = Terms { token, right: Right::Shared, acks: MemberSet::EMPTY, done: false };
+        vec![
+            Msg::Get { write: true, token },
+            Msg::Get { write: false, token },
+            Msg::Forward { requester: MemberId(2), terms, data: true },
+            Msg::Forward { requester: MemberId(2), terms, data: false },
+            Msg::Invalidate { requester: MemberId(2), token },
+            Msg::Grant { terms, contents: Contents::Bytes(7) },
+            Msg::Grant { terms, contents: Contents::Keep },
+            Msg::Grant { terms: read, contents: Contents::Zero },
+            Msg::InvAck { token },
+            Msg::Done { token },
+        ]
+    }
+
+    fn decode(header: &Header) -> Result<Frame<u8>, FrameError> {
+        let layout = layout();
+        let members = MemberSet(0b111);
+        header.decode(&Rules { peer: ME, epoch: Epoch(9), layout: &layout, members }, || 7)
+    }
+
+    #[test]
+    fn every_message_survives_the_wire() {
+        for msg in messages() {
+            let header = Header::message(ME, Epoch(9), 0x3000, &msg);
+            let bytes = header.as_bytes().to_vec();
+            let back = Header::read_from_bytes(&bytes).unwrap();
+            let has_page = matches!(msg, Msg::Grant { contents: Contents::Bytes(_), .. });
+            assert_eq!(back.payload_len().unwrap() != 0, has_page);
+            assert_eq!(decode(&back), Ok(Frame::Page(Page(3), msg)));
+        }
+        assert_eq!(decode(&Header::ping(ME, Epoch(9))), Ok(Frame::Ping));
+        assert_eq!(decode(&Header::bye(ME, Epoch(9))), Ok(Frame::Bye));
+    }
+
+    #[test]
+    fn what_no_honest_member_sends_is_refused() {
+        let good = Header::message(ME, Epoch(9), 0x3000, &messages()[2]);
+        let cases: Vec<Case> = vec![
+            (Box::new(|h| h.magic = U16::new(1)), FrameError::Magic(1)),
+            (Box::new(|h| h.kind = 99), FrameError::Kind(99)),
+            (Box::new(|h| h.flags = 0x80), FrameError::Flags { kind: FORWARD, flags: 0x80 }),
+            (Box::new(|h| h.reserved = U32::new(1)), FrameError::Flags { kind: FORWARD, flags: 7 }),
+            (Box::new(|h| h.from = U16::new(2)), FrameError::Sender(MemberId(2))),
+            (Box::new(|h| h.epoch = U64::new(8)), FrameError::Epoch { got: 8, ours: 9 }),
+            (Box::new(|h| h.gpa = U64::new(0x3001)), FrameError::Gpa(0x3001)),
+            (Box::new(|h| h.gpa = U64::new(0x4000)), FrameError::Gpa(0x4000)),
+            (Box::new(|h| h.requester = U16::new(3)), FrameError::Members),
+            (Box::new(|h| h.requester = U16::new(900)), FrameError::Members),
+            (Box::new(|h| h.acks = U64::new(8)), FrameError::Members),
+            (Box::new(|h| h.len = U32::new(4096)), FrameError::Length { kind: FORWARD, len: 4096 }),
+            (Box::new(|h| h.len = U32::new(u32::MAX)), FrameError::Length { kind: FORWARD, len: u32::MAX }),
+        ];
+        for (spoil, error) in cases {
+            let mut bad = good;
+            spoil(&mut bad);
+            assert_eq!(decode(&bad), Err(error));
+        }
+        let mut grant = Header::message(ME, Epoch(9), 0, &messages()[5]);
+        grant.len = U32::new(0);
+        assert_eq!(decode(&grant), Err(FrameError::Length { kind: GRANT, len: 0 }));
+    }
+}

@@ -1,0 +1,249 @@
+//! Sending to one peer without ever blocking.
+//!
+//! Two members whose receive threads both wait for room in each other's socket would wait for ever. So a send appends to
+//! a queue, and whoever appended tries to empty it with non-blocking writes; what the socket does not take stays for
+//! the keeper thread, which waits for room and watches the deadline.
+
+use super::frame::{Header, PAGE_LEN};
+use crate::addr::MemberId;
+use rustix::net::SendFlags;
+use std::io;
+use std::net::{Shutdown, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use zerocopy::IntoBytes;
+
+/// Whether everything is on its way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flush {
+    /// It is, or another thread sees to it.
+    Done,
+    /// The socket is full: wait until it is writable, then flush again.
+    Full,
+}
+
+#[derive(Debug, Default)]
+struct Writer {
+    buf: Vec<u8>,
+    at: usize,
+}
+
+/// The sending side of the stream to one peer. Lock order: `writer`, then `queue`.
+#[derive(Debug)]
+pub struct Link {
+    peer: MemberId,
+    stream: TcpStream,
+    queue: Mutex<Vec<u8>>,
+    writer: Mutex<Writer>,
+    full_since: AtomicU64,
+    heard: AtomicU64,
+    spoke: AtomicU64,
+    left: AtomicBool,
+    sent_messages: AtomicU64,
+    sent_bytes: AtomicU64,
+    got_messages: AtomicU64,
+    got_bytes: AtomicU64,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Link {
+    /// The stream to `peer`, at time `now` (nanoseconds of the node's clock).
+    pub fn new(peer: MemberId, stream: TcpStream, now: u64) -> Link {
+        Link {
+            peer,
+            stream,
+            queue: Mutex::new(Vec::new()),
+            writer: Mutex::new(Writer::default()),
+            full_since: AtomicU64::new(0),
+            heard: AtomicU64::new(now),
+            spoke: AtomicU64::new(now),
+            left: AtomicBool::new(false),
+            sent_messages: AtomicU64::new(0),
+            sent_bytes: AtomicU64::new(0),
+            got_messages: AtomicU64::new(0),
+            got_bytes: AtomicU64::new(0),
+        }
+    }
+
+    /// The member at the other end.
+    pub fn peer(&self) -> MemberId {
+        self.peer
+    }
+
+    /// The stream, to read from or to wait for room.
+    pub fn stream(&self) -> &TcpStream {
+        &self.stream
+    }
+
+    /// Queues a frame without a page.
+    pub fn push(&self, header: &Header) {
+        lock(&self.queue).extend_from_slice(header.as_bytes());
+        self.sent_messages.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Queues a frame with a page that `fill` appends to the buffer. `fill` may also take the page back, if it is all
+    /// zero; it returns the header that fits. On an error nothing is queued.
+    pub fn push_page<E>(&self, fill: impl FnOnce(&mut Vec<u8>) -> Result<Header, E>) -> Result<(), E> {
+        let mut queue = lock(&self.queue);
+        let at = queue.len();
+        queue.extend_from_slice(&[0; size_of::<Header>()]);
+        match fill(&mut queue) {
+            Ok(header) => {
+                debug_assert!(queue.len() <= at + size_of::<Header>() + PAGE_LEN);
+                if let Some(room) = queue.get_mut(at..at + size_of::<Header>()) {
+                    room.copy_from_slice(header.as_bytes());
+                }
+                self.sent_messages.fetch_add(1, Ordering::Relaxed);
+                Ok(())
+            }
+            Err(e) => {
+                queue.truncate(at);
+                Err(e)
+            }
+        }
+    }
+
+    /// Writes as much of the queue as the socket takes now.
+    pub fn flush(&self, now: u64) -> io::Result<Flush> {
+        loop {
+            let mut writer = match self.writer.try_lock() {
+                Ok(writer) => writer,
+                // Whoever holds the lock looks at the queue again after letting go of it.
+                Err(TryLockError::WouldBlock) => return Ok(Flush::Done),
+                Err(TryLockError::Poisoned(e)) => e.into_inner(),
+            };
+            let result = self.drain(&mut writer, now);
+            drop(writer);
+            match result? {
+                Flush::Full => return Ok(Flush::Full),
+                Flush::Done if lock(&self.queue).is_empty() => return Ok(Flush::Done),
+                Flush::Done => {}
+            }
+        }
+    }
+
+    fn drain(&self, writer: &mut Writer, now: u64) -> io::Result<Flush> {
+        loop {
+            let rest = writer.buf.get(writer.at..).unwrap_or(&[]);
+            if rest.is_empty() {
+                writer.buf.clear();
+                writer.at = 0;
+                let mut queue = lock(&self.queue);
+                if queue.is_empty() {
+                    self.full_since.store(0, Ordering::Relaxed);
+                    return Ok(Flush::Done);
+                }
+                std::mem::swap(&mut *queue, &mut writer.buf);
+                continue;
+            }
+            match rustix::net::send(&self.stream, rest, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+                Ok(n) => {
+                    writer.at += n;
+                    self.sent_bytes.fetch_add(n as u64, Ordering::Relaxed);
+                    self.spoke.store(now, Ordering::Relaxed);
+                    self.full_since.store(0, Ordering::Relaxed);
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::AGAIN) => {
+                    let _ =
+                        self.full_since.compare_exchange(0, now.max(1), Ordering::Relaxed, Ordering::Relaxed);
+                    return Ok(Flush::Full);
+                }
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
+    /// Since when the socket has taken nothing; 0 if it is not full.
+    pub fn full_since(&self) -> u64 {
+        self.full_since.load(Ordering::Relaxed)
+    }
+
+    /// Notes that bytes arrived.
+    pub fn note_read(&self, now: u64, bytes: usize) {
+        self.heard.store(now, Ordering::Relaxed);
+        self.got_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// Notes that a message arrived.
+    pub fn note_message(&self) {
+        self.got_messages.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// When bytes arrived last.
+    pub fn heard(&self) -> u64 {
+        self.heard.load(Ordering::Relaxed)
+    }
+
+    /// Forgives silence until `now`: for when this process itself was stopped.
+    pub fn forgive(&self, now: u64) {
+        self.heard.store(now, Ordering::Relaxed);
+        if self.full_since() != 0 {
+            self.full_since.store(now.max(1), Ordering::Relaxed);
+        }
+    }
+
+    /// When bytes were sent last.
+    pub fn spoke(&self) -> u64 {
+        self.spoke.load(Ordering::Relaxed)
+    }
+
+    /// Notes that the peer said farewell.
+    pub fn set_left(&self) {
+        self.left.store(true, Ordering::Release);
+    }
+
+    /// Whether the peer said farewell.
+    pub fn has_left(&self) -> bool {
+        self.left.load(Ordering::Acquire)
+    }
+
+    /// Messages and bytes sent, messages and bytes received.
+    pub fn traffic(&self) -> [u64; 4] {
+        [&self.sent_messages, &self.sent_bytes, &self.got_messages, &self.got_bytes]
+            .map(|n| n.load(Ordering::Relaxed))
+    }
+
+    /// Ends the stream in both directions; a thread that reads from it wakes.
+    pub fn close(&self) {
+        // It may be closed already.
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addr::Epoch;
+    use std::io::Read;
+    use std::net::TcpListener;
+
+    #[test]
+    fn a_full_socket_blocks_nobody_and_loses_nothing() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let out = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut peer, _) = listener.accept().unwrap();
+        let link = Link::new(MemberId(1), out, 0);
+        let header = Header::ping(MemberId(0), Epoch(1));
+        let mut frames = 0usize;
+        while link.flush(5).unwrap() == Flush::Done {
+            for _ in 0..1000 {
+                link.push(&header);
+            }
+            frames += 1000;
+        }
+        assert_eq!(link.full_since(), 5);
+        let mut got = vec![0; frames * size_of::<Header>()];
+        let mut at = 0;
+        while at < got.len() {
+            at += peer.read(&mut got[at..]).unwrap();
+            link.flush(6).unwrap();
+        }
+        assert!(got.chunks(size_of::<Header>()).all(|c| c == header.as_bytes()));
+        assert_eq!(link.flush(7).unwrap(), Flush::Done);
+        assert_eq!(link.full_since(), 0);
+    }
+}

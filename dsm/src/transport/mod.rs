@@ -1,0 +1,11 @@
+//! How members reach each other: TCP, one stream per pair and channel, dedicated threads on top (in [`crate::node`]).
+//!
+//! - [`mesh`] connects every member with every other and authenticates both ends ([`handshake`]).
+//! - [`frame`] is the page protocol on the wire: a fixed little-endian header, then a page or nothing.
+//! - [`link`] sends without ever blocking: what the socket does not take at once waits in a queue.
+
+pub mod frame;
+mod handshake;
+pub mod link;
+pub mod mesh;
+pub mod reader;

@@ -1,0 +1,144 @@
+//! Cuts a byte stream into frames, with as few reads as the stream allows.
+
+use super::frame::{FrameError, HEADER_LEN, Header, PAGE_LEN};
+use std::io::{self, Read};
+use thiserror::Error;
+use zerocopy::FromBytes;
+
+/// Frames that fit into one read; more wait in the socket.
+const CAPACITY: usize = 16 * (HEADER_LEN + PAGE_LEN);
+
+/// No further frame comes out of a stream.
+#[derive(Debug, Error)]
+pub enum ReadError {
+    /// The other end closed the stream between two frames.
+    #[error("it closed its connection")]
+    Closed,
+    /// The other end closed the stream in the middle of a frame.
+    #[error("its connection ended in the middle of a message")]
+    Truncated,
+    /// The stream broke.
+    #[error("its connection broke: {0}")]
+    Io(io::Error),
+    /// The stream holds something that is not a frame.
+    #[error("it sent a malformed message: {0}")]
+    Frame(#[from] FrameError),
+}
+
+/// A buffered stream of frames.
+#[derive(Debug)]
+pub struct FrameReader<R> {
+    stream: R,
+    buf: Vec<u8>,
+    start: usize,
+    end: usize,
+}
+
+impl<R: Read> FrameReader<R> {
+    /// Reads frames from a stream.
+    pub fn new(stream: R) -> FrameReader<R> {
+        FrameReader { stream, buf: vec![0; CAPACITY], start: 0, end: 0 }
+    }
+
+    /// Makes sure that `need` bytes (at most one frame) are in the buffer; `Ok(false)` at the end of the stream
+    /// with nothing in the buffer.
+    fn fill(&mut self, need: usize, on_read: &mut impl FnMut(usize)) -> Result<bool, ReadError> {
+        while self.end - self.start < need {
+            if self.buf.len() - self.start < need {
+                self.buf.copy_within(self.start..self.end, 0);
+                self.end -= self.start;
+                self.start = 0;
+            }
+            let room = self.buf.get_mut(self.end..).unwrap_or(&mut []);
+            match self.stream.read(room) {
+                Ok(0) if self.start == self.end => return Ok(false),
+                Ok(0) => return Err(ReadError::Truncated),
+                Ok(n) => {
+                    self.end += n;
+                    on_read(n);
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(ReadError::Io(e)),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Waits for the next frame and hands out its header and payload. `on_read` is told of every read's bytes.
+    pub fn next(&mut self, mut on_read: impl FnMut(usize)) -> Result<(Header, &[u8]), ReadError> {
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        }
+        if !self.fill(HEADER_LEN, &mut on_read)? {
+            return Err(ReadError::Closed);
+        }
+        let bytes = self.buf.get(self.start..self.start + HEADER_LEN).unwrap_or(&[]);
+        let header = Header::read_from_bytes(bytes).map_err(|_| ReadError::Truncated)?;
+        let len = HEADER_LEN + header.payload_len()?;
+        if !self.fill(len, &mut on_read)? {
+            return Err(ReadError::Truncated);
+        }
+        let at = self.start;
+        self.start += len;
+        Ok((header, self.buf.get(at + HEADER_LEN..at + len).unwrap_or(&[])))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addr::{Epoch, MemberId};
+    use crate::protocol::{Contents, MemberSet, Msg, Right, Terms, Token};
+    use zerocopy::IntoBytes;
+
+    /// Hands out a few bytes at a time.
+    struct Drip<'a>(&'a [u8], usize);
+
+    impl Read for Drip<'_> {
+        fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+            let n = self.1.min(buf.len()).min(self.0.len());
+            buf[..n].copy_from_slice(&self.0[..n]);
+            self.0 = &self.0[n..];
+            Ok(n)
+        }
+    }
+
+    fn stream(frames: usize) -> Vec<u8> {
+        let terms = Terms { token: Token(1), right: Right::Shared, acks: MemberSet::EMPTY, done: false };
+        let mut bytes = Vec::new();
+        for n in 0..frames {
+            bytes.extend_from_slice(Header::ping(MemberId(0), Epoch(0)).as_bytes());
+            let msg = Msg::Grant { terms, contents: Contents::Bytes(()) };
+            bytes.extend_from_slice(Header::message(MemberId(0), Epoch(0), 0, &msg).as_bytes());
+            bytes.extend_from_slice(&[u8::try_from(n % 251).unwrap(); PAGE_LEN]);
+        }
+        bytes
+    }
+
+    #[test]
+    fn frames_come_out_whole_however_they_arrive() {
+        let bytes = stream(40);
+        for step in [1, 7, 47, 48, 49, 4143, 4144, 5000, 1 << 20] {
+            let mut reader = FrameReader::new(Drip(&bytes, step));
+            for n in 0..40 {
+                assert_eq!(reader.next(|_| ()).unwrap().1.len(), 0);
+                let (_, page) = reader.next(|_| ()).unwrap();
+                assert_eq!(page, [u8::try_from(n % 251).unwrap(); PAGE_LEN]);
+            }
+            assert!(matches!(reader.next(|_| ()), Err(ReadError::Closed)));
+        }
+    }
+
+    #[test]
+    fn a_cut_stream_is_an_error() {
+        let bytes = stream(1);
+        for cut in [1, 47, 49, 100, bytes.len() - 1] {
+            let mut reader = FrameReader::new(Drip(&bytes[..cut], 64));
+            let mut result = Ok(());
+            while result.is_ok() {
+                result = reader.next(|_| ()).map(|_| ());
+            }
+            assert!(matches!(result, Err(ReadError::Truncated)), "{cut}: {result:?}");
+        }
+    }
+}
