@@ -1,3 +1,15 @@
 //! The KVM shell: VM and vCPU file descriptors, CPUID, MSRs, the vCPU loop.
+//!
+//! [`vm`] makes a VM without the in-kernel interrupt controllers; [`vcpu`] is one vCPU's state as its thread
+//! owns it and [`exec`] the loop of that thread; [`handle`] is what everybody else has of a vCPU: its local
+//! APIC, a mailbox and a way to get its attention ([`signal`]). [`cpuid`] and [`msr`] are tables and policy.
 
 pub mod cpuid;
+pub mod exec;
+pub mod handle;
+pub mod msr;
+mod run_page;
+mod signal;
+mod sys;
+pub mod vcpu;
+pub mod vm;

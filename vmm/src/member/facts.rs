@@ -77,3 +77,10 @@ impl HostFacts {
         Err(HostError::NoKvm)
     }
 }
+
+/// The host's TSC frequency in kHz as KVM sees it.
+pub fn host_tsc_khz() -> Option<u32> {
+    let vm = kvm_ioctls::Kvm::new().ok()?.create_vm().ok()?;
+    let khz = vm.create_vcpu(0).ok()?.get_tsc_khz().ok()?;
+    (khz != 0).then_some(khz)
+}

@@ -1,0 +1,228 @@
+//! What everybody but its own thread has of a vCPU: its local APIC, a mailbox, counters, and a bell.
+//!
+//! Rule for the bell: first put the message where it belongs (IRR, mailbox bit), then ring. The vCPU thread
+//! announces that it is about to enter the guest, then looks at the mailbox a last time; so either it sees the
+//! message or the ringer sees the announcement.
+
+use super::signal;
+use crate::interrupts::lapic::LocalApic;
+use crate::interrupts::{DeliveryMode, InterruptMessage};
+use crate::member::stats::VcpuStats;
+use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// Bits of the mailbox.
+pub(super) mod mail {
+    /// Something new is in IRR.
+    pub const IRQ: u32 = 1;
+    pub const NMI: u32 = 1 << 1;
+    pub const INIT: u32 = 1 << 2;
+    /// The vector is in `startup`.
+    pub const STARTUP: u32 = 1 << 3;
+    /// The thread ends.
+    pub const STOP: u32 = 1 << 4;
+    /// The TSC offset changed.
+    pub const CLOCK: u32 = 1 << 5;
+}
+
+/// Where the vCPU thread is.
+mod place {
+    pub const HOST: u32 = 0;
+    pub const GUEST: u32 = 1;
+    pub const WAITING: u32 = 2;
+}
+
+macro_rules! counters {
+    ($($name:ident),*) => {
+        /// Counters of a vCPU; written by its own thread, read by anybody.
+        #[derive(Debug, Default)]
+        pub struct Counters { $(#[doc = "See [`VcpuStats`]."] pub $name: AtomicU64),* }
+
+        impl Counters {
+            fn snapshot(&self, vcpu: u32) -> VcpuStats {
+                VcpuStats { vcpu, $($name: self.$name.load(Ordering::Relaxed)),* }
+            }
+        }
+    };
+}
+counters!(
+    exits,
+    pio,
+    mmio,
+    msr,
+    hlt,
+    irq_window,
+    interrupted,
+    injections,
+    nmis,
+    ipis_local,
+    ipis_remote,
+    timer_fires,
+    remote_accesses,
+    halted_us
+);
+
+/// Adds one.
+pub fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
+/// One vCPU of this member, for others.
+#[derive(Debug)]
+pub struct VcpuHandle {
+    id: u32,
+    /// Held for register accesses and acceptance only, never across I/O.
+    apic: Mutex<LocalApic>,
+    mailbox: AtomicU32,
+    place: AtomicU32,
+    startup: AtomicU32,
+    tid: AtomicI32,
+    /// What it counts.
+    pub counters: Counters,
+}
+
+impl VcpuHandle {
+    /// A vCPU after power-up.
+    pub fn new(id: u32) -> VcpuHandle {
+        VcpuHandle {
+            id,
+            apic: Mutex::new(LocalApic::new(id, id == 0)),
+            mailbox: AtomicU32::new(0),
+            place: AtomicU32::new(place::HOST),
+            startup: AtomicU32::new(0),
+            tid: AtomicI32::new(0),
+            counters: Counters::default(),
+        }
+    }
+
+    /// Its id, which is its APIC id.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// Its local APIC.
+    pub fn apic(&self) -> MutexGuard<'_, LocalApic> {
+        // A panic elsewhere must not become one here; the model has no broken intermediate states.
+        self.apic.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does a logical destination mean this vCPU?
+    pub fn matches_logical(&self, mda: u32) -> bool {
+        self.apic().matches_logical(mda)
+    }
+
+    /// Hands it a message that is meant for it. Never blocks for long. False when its APIC refused it.
+    pub fn deliver(&self, message: &InterruptMessage) -> bool {
+        match message.mode {
+            DeliveryMode::Fixed | DeliveryMode::LowestPriority => {
+                if !self.apic().accept(message.vector, message.level_triggered) {
+                    return false;
+                }
+                self.ring(mail::IRQ);
+            }
+            DeliveryMode::Nmi => self.ring(mail::NMI),
+            DeliveryMode::Init if message.asserted => self.ring(mail::INIT),
+            DeliveryMode::Startup => {
+                self.startup.store(u32::from(message.vector), Ordering::SeqCst);
+                self.ring(mail::STARTUP);
+            }
+            // Nobody is there to take these: no SMM, no 8259.
+            DeliveryMode::Init | DeliveryMode::Smi | DeliveryMode::ExtInt => return false,
+        }
+        true
+    }
+
+    /// Ends its thread at the next chance.
+    pub fn stop(&self) {
+        self.ring(mail::STOP);
+    }
+
+    /// Makes it look at the clock again.
+    pub fn clock_changed(&self) {
+        self.ring(mail::CLOCK);
+    }
+
+    /// Sends it out of the guest (or out of a wait) with no message.
+    pub fn kick(&self) {
+        let tid = self.tid.load(Ordering::SeqCst);
+        if tid != 0 {
+            signal::kick(tid);
+        }
+    }
+
+    /// What it counted.
+    pub fn stats(&self) -> VcpuStats {
+        self.counters.snapshot(self.id)
+    }
+
+    fn ring(&self, bit: u32) {
+        self.mailbox.fetch_or(bit, Ordering::SeqCst);
+        let was = self.place.compare_exchange(place::GUEST, place::HOST, Ordering::SeqCst, Ordering::SeqCst);
+        match was {
+            Ok(_) => self.kick(),
+            Err(place::WAITING) => futex_wake(&self.mailbox),
+            Err(_) => {}
+        }
+    }
+
+    pub(super) fn register_thread(&self) {
+        self.tid.store(signal::current_tid(), Ordering::SeqCst);
+    }
+
+    pub(super) fn unregister_thread(&self) {
+        self.tid.store(0, Ordering::SeqCst);
+    }
+
+    pub(super) fn take_mail(&self) -> u32 {
+        self.mailbox.swap(0, Ordering::SeqCst)
+    }
+
+    pub(super) fn startup_vector(&self) -> u32 {
+        self.startup.load(Ordering::SeqCst)
+    }
+
+    /// Announces KVM_RUN. False when there is mail: then don't.
+    pub(super) fn enter_guest(&self) -> bool {
+        self.place.store(place::GUEST, Ordering::SeqCst);
+        let clear = self.mailbox.load(Ordering::SeqCst) == 0;
+        if !clear {
+            self.leave_guest();
+        }
+        clear
+    }
+
+    pub(super) fn leave_guest(&self) {
+        self.place.store(place::HOST, Ordering::SeqCst);
+    }
+
+    /// Sleeps until there is mail, a signal comes, or the time is over.
+    pub(super) fn wait(&self, timeout: Option<Duration>) {
+        self.place.store(place::WAITING, Ordering::SeqCst);
+        futex_wait(&self.mailbox, 0, timeout);
+        self.place.store(place::HOST, Ordering::SeqCst);
+    }
+}
+
+fn futex_wait(word: &AtomicU32, expected: u32, timeout: Option<Duration>) {
+    let spec = timeout.map(|t| libc::timespec {
+        tv_sec: i64::try_from(t.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: i64::from(t.subsec_nanos()),
+    });
+    let spec = spec.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    // SAFETY: the word and the timespec outlive the call; every way to return is fine, the caller looks again.
+    unsafe {
+        libc::syscall(
+            libc::SYS_futex,
+            word.as_ptr(),
+            libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG,
+            expected,
+            spec,
+        )
+    };
+}
+
+fn futex_wake(word: &AtomicU32) {
+    // SAFETY: only the address of the word is used.
+    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, 1) };
+}
