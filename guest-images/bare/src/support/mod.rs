@@ -1,0 +1,5 @@
+//! Parts of the guest that need no machine: command line and statistics.
+#![cfg_attr(not(test), no_std)]
+
+pub mod cmdline;
+pub mod stats;

@@ -1,0 +1,31 @@
+//! `counter`: every CPU adds `iterations=` times one to the same word by LOCK XADD; the sum must be exact.
+
+use crate::console::Line;
+use crate::env::{Env, Failure, Page, bad};
+use crate::{machine, smp};
+use core::sync::atomic::Ordering;
+
+pub fn run(env: &Env, out: &mut Line) -> Result<bool, Failure> {
+    let iterations = env.number("iterations", 100_000, 1 << 40)?;
+    let pages = env.pages(1)?;
+    let start = machine::tsc();
+    smp::all(env, job, pages)?;
+    let ticks = machine::tsc().saturating_sub(start);
+    let sum = pages.first().ok_or(bad("no page"))?.first().load(Ordering::SeqCst);
+    let expected = iterations * env.cpus as u64;
+    out.add("iterations", iterations);
+    out.add("sum", sum);
+    out.add("expected", expected);
+    out.add("us", env.us(ticks));
+    Ok(sum == expected)
+}
+
+fn job(env: &Env, cpu: usize, pages: &'static [Page]) -> Result<(), Failure> {
+    let iterations = env.number("iterations", 100_000, 1 << 40)?;
+    let word = pages.first().ok_or(bad("no page"))?.first();
+    smp::barrier(env, cpu)?;
+    for _ in 0..iterations {
+        word.fetch_add(1, Ordering::SeqCst);
+    }
+    Ok(())
+}
