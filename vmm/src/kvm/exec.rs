@@ -166,7 +166,8 @@ impl<M: Machine> Runner<M> {
 
         let (vector, deadline, tpr) = self.service_apic();
         if self.halted {
-            if !self.nmi && !(vector.is_some() && self.vcpu.run.interrupts_enabled()) {
+            let interrupt = vector.is_some() && self.vcpu.run.interrupts_enabled();
+            if !(self.nmi || interrupt) {
                 self.halt(deadline);
                 return Ok(None);
             }

@@ -9,6 +9,7 @@ pub mod plan;
 pub mod runtime;
 pub mod stats;
 
+pub use crate::devices::ConsoleHandle;
 pub use event::{MemberEvent, VmExit};
 pub use facts::{HostError, HostFacts, Virtualization};
 pub use plan::{BootImages, MemberPlan, PageTuning};

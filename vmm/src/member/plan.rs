@@ -1,5 +1,6 @@
 //! What a member is to be: everything that [`crate::member::Member::join`] needs, sent by the coordinator.
 
+use crate::devices::DeviceSpec;
 use crate::kvm::cpuid::CpuidTable;
 use crate::topology::Topology;
 use dsm::addr::MemberId;
@@ -31,6 +32,8 @@ pub struct MemberPlan {
     pub cpuid: CpuidTable,
     /// TSC frequency that the guest sees, in kHz; the coordinator's.
     pub tsc_khz: u32,
+    /// All devices of the VM, on whatever member; the same list in every member's plan.
+    pub devices: Vec<DeviceSpec>,
     /// Page engine knobs.
     pub pages: PageTuning,
     /// Longest wait for any one answer of a peer, at start and while running.

@@ -3,6 +3,7 @@
 use super::event::MemberEvent;
 use super::plan::{BootImages, MemberPlan};
 use super::stats::MemberStats;
+use crate::devices::ConsoleHandle;
 use std::net::TcpListener;
 use std::sync::mpsc::Sender;
 
@@ -66,6 +67,11 @@ impl Member {
     /// Everything that is counted, as of now.
     pub fn stats(&self) -> MemberStats {
         MemberStats::default()
+    }
+
+    /// The serial console, on the member that has the serial port.
+    pub fn console(&self) -> Option<ConsoleHandle> {
+        None
     }
 
     /// The orders this member was started with.

@@ -1,5 +1,6 @@
 //! What a member counts, in one serialisable snapshot.
 
+use dsm::stats::DsmSnapshot;
 use serde::{Deserialize, Serialize};
 
 /// Counters of one vCPU. Exits are by kind.
@@ -42,6 +43,9 @@ pub struct VcpuStats {
 pub struct MemberStats {
     /// One entry per vCPU that lives here.
     pub vcpus: Vec<VcpuStats>,
+    /// The memory: pages held, faults by kind, latencies, contended pages. Of a VM with one member only the
+    /// resident size is counted, as nothing ever faults.
+    pub memory: DsmSnapshot,
     /// Bound of the clock disagreement with the coordinator, nanoseconds; 0 at the coordinator.
     pub clock_skew_bound_ns: u64,
     /// Fabric messages sent to peers.

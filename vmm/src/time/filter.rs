@@ -118,7 +118,7 @@ impl ClockFilter {
 /// A difference modulo 2^64 as a signed number.
 #[allow(clippy::cast_precision_loss)]
 fn signed(difference: u64) -> f64 {
-    difference.cast_signed() as f64
+    i64::from_ne_bytes(difference.to_ne_bytes()) as f64
 }
 
 #[allow(clippy::cast_precision_loss)]
