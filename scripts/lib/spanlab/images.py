@@ -15,7 +15,11 @@ from .cpio import Archive
 IMAGES = TARGET / "images"
 TRIPLE = "x86_64-unknown-linux-gnu"
 GUEST_MODULES = ["virtio_mmio", "virtio_blk", "virtio_console", "virtio_rng"]
-HOST_MODULES = ["kvm_amd", "kvm_intel", "virtio_pci", "virtio_net", "virtio_blk", "9p", "9pnet_virtio", "tun", "e1000"]
+HOST_MODULES = {
+    "amd": ["kvm_amd", "kvm_intel", "virtio_pci", "virtio_net", "virtio_blk", "9p", "9pnet_virtio", "tun"],
+    # A second each to load there.
+    "intel": ["kvm_intel", "e1000"],
+}
 LINKS = TARGET / "lab" / "payload"
 """What the virtual hosts see as /opt/spanvm."""
 
@@ -98,13 +102,13 @@ def guest(kernel, programs=None):
     return IMAGES
 
 
-def host(kernel, programs):
+def host(kernel, programs, cpu):
     """Writes the virtual host's initramfs and returns its path."""
-    archive = base(kernel, ROOT / "guest-images" / "labhost" / "init", HOST_MODULES)
+    archive = base(kernel, ROOT / "guest-images" / "labhost" / "init", HOST_MODULES[cpu])
     archive.file("/bin/labagent", (programs / "labagent").read_bytes())
     archive.directory("/repo")
     archive.directory("/opt")
-    path = IMAGES / "labhost.cpio"
+    path = IMAGES / f"labhost-{cpu}.cpio"
     replace_file(path, archive.bytes())
     return path
 

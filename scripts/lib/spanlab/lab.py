@@ -133,7 +133,7 @@ def prepare(cpu):
         from . import bochs
         bochs.prepare()
     kernel = debian.get()
-    return kernel, images.host(kernel, images.build_static("labagent"))
+    return kernel, images.host(kernel, images.build_static("labagent"), cpu)
 
 
 def up(lab, keep=True):
@@ -192,14 +192,19 @@ def _boot(lab, initramfs, keep, deadline):
             host.port = qemu.free_port()
             qemu.wait_for_sockets(lab.directory, lab.count, host.number)
             _spawn(lab, host.name, qemu.command(lab, host, wire, initramfs, lab.accel), keep)
-    with ThreadPoolExecutor(len(lab.hosts)) as pool:
-        for waiting in [pool.submit(_wait, lab, host, end, deadline) for host in lab.hosts]:
+    pool = ThreadPoolExecutor(len(lab.hosts))
+    given_up = threading.Event()
+    try:
+        for waiting in [pool.submit(_wait, lab, host, end, deadline, given_up) for host in lab.hosts]:
             waiting.result()
+    finally:
+        given_up.set()
+        pool.shutdown(wait=False)
     lab.save()
 
 
-def _wait(lab, host, end, deadline):
-    """Waits until a host runs commands and has a /dev/kvm with nested paging."""
+def _wait(lab, host, end, deadline, given_up):
+    """Waits until a host runs commands and has a /dev/kvm with nested paging, or until nobody wants to know any more."""
     check = "cat /sys/module/kvm_amd/parameters/npt /sys/module/kvm_intel/parameters/ept 2>/dev/null; test -c /dev/kvm"
     while True:
         for process in lab.processes:
@@ -211,9 +216,9 @@ def _wait(lab, host, end, deadline):
             break
         except agent.Unreachable:
             pass
-        if time.monotonic() > end:
+        if time.monotonic() > end or given_up.is_set():
             raise Failure(f"host {host.name} was not up after {deadline} s; its console: {host.console}")
-        time.sleep(0.1)
+        given_up.wait(0.1)
     if result.code:
         raise Failure(f"host {host.name} has no /dev/kvm; its console: {host.console}")
     if not any(word in ("1", "Y") for word in result.text.split()):
@@ -265,5 +270,6 @@ def running(lab):
         previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             _stop(lab)
+            (LABS / f"{lab.name}.lock").unlink(missing_ok=True)
         finally:
             signal.signal(signal.SIGINT, previous)

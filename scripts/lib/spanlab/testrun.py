@@ -1,0 +1,171 @@
+"""The command line of scripts/test: every check and test, each under a deadline, and a table at the end."""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import unittest
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import kernel as debian
+from .common import ROOT, TARGET, Failure, call, main, need_tool, packages, replace_file, say
+
+BUDGET = 25 * 60
+"""Seconds for everything on two cores, a build from nothing included."""
+
+
+class Skip(Exception):
+    """A step that this machine cannot run, and why."""
+
+
+@dataclass
+class Row:
+    """How a step ended."""
+    step: str
+    result: str
+    seconds: float
+    note: str = ""
+
+
+def _tools(_left):
+    packages("gcc", "libc6-dev", "libclang-dev", "binutils", "busybox-static", "qemu-system-x86")
+    need_tool("cargo", "install Rust from https://rustup.rs")
+    for tool in ("fmt", "clippy"):
+        if subprocess.run(["cargo", tool, "--version"], capture_output=True, check=False, timeout=60).returncode:
+            call(["rustup", "component", "add", "rustfmt" if tool == "fmt" else tool], 300)
+
+
+def _scripts(left):
+    for path in sorted(ROOT.glob("scripts/*")) + sorted(ROOT.glob("guest-images/*/init")) + [ROOT / ".ci" / "run"]:
+        if path.is_file() and path.read_bytes().startswith(b"#!/bin/sh"):
+            call(["sh", "-n", path], 20, f"syntax of {path.relative_to(ROOT)}", quiet=True)
+    for path in sorted((ROOT / "scripts" / "lib").rglob("*.py")):
+        compile(path.read_text(encoding="utf-8"), str(path), "exec")
+    suite = unittest.defaultTestLoader.discover(str(ROOT / "scripts" / "lib" / "tests"))
+    if not unittest.TextTestRunner(sys.stderr).run(suite).wasSuccessful() or left <= 0:
+        raise Failure("the scripts' own tests failed")
+
+
+def _fmt(left):
+    call(["cargo", "fmt", "--all", "--check"], min(left, 120))
+    if _bare().is_file():
+        call(["cargo", "fmt", "--check", "--manifest-path", _bare()], min(left, 120))
+
+
+def _clippy(left):
+    call(["cargo", "clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"], min(left, 900))
+
+
+def _unit(left):
+    if shutil.which("cargo-nextest"):
+        call(["cargo", "nextest", "run", "--workspace", "--locked", "--no-fail-fast"], min(left, 1200), "cargo nextest")
+    else:
+        call(["cargo", "test", "--workspace", "--locked", "--no-fail-fast"], min(left, 1200), "cargo test")
+
+
+def _deny(left):
+    if not shutil.which("cargo-deny"):
+        raise Skip("cargo-deny is not installed")
+    if not (ROOT / "deny.toml").is_file():
+        raise Skip("no deny.toml")
+    call(["cargo", "deny", "--offline", "check", "bans", "licenses", "sources"], min(left, 120), "cargo deny")
+
+
+def _bare():
+    return ROOT / "guest-images" / "bare" / "Cargo.toml"
+
+
+def _bare_build(left):
+    if not _bare().is_file():
+        raise Skip("guest-images/bare has no Cargo.toml")
+    call(["cargo", "build", "--release"], min(left, 300), "build of the bare-metal guest", cwd=_bare().parent)
+
+
+def _bare_run(_left):
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        raise Skip("no /dev/kvm, or no permission to use it")
+    raise Skip("not there yet")
+
+
+def _lab(_left):
+    raise Skip("not there yet")
+
+
+@dataclass
+class Step:
+    """One step of the run."""
+    name: str
+    what: str
+    function: object
+
+
+STEPS = [
+    Step("tools", "install Debian packages and Rust components that are missing", _tools),
+    Step("scripts", "syntax and unit tests of the scripts", _scripts),
+    Step("fmt", "cargo fmt --check", _fmt),
+    Step("clippy", "cargo clippy, warnings are errors", _clippy),
+    Step("deny", "licences and sources of dependencies", _deny),
+    Step("unit", "cargo tests of the workspace", _unit),
+    Step("bare-build", "build the bare-metal guest", _bare_build),
+    Step("bare", "bare-metal guest with two members on /dev/kvm", _bare_run),
+    Step("lab", "two virtual hosts, Linux guest over both, ssicheck", _lab),
+]
+
+
+def _run(steps):
+    """Runs steps in order; a failure does not keep the others from running."""
+    rows = []
+    end = time.monotonic() + BUDGET
+    for step in steps:
+        start = time.monotonic()
+        say(f"\n##### {step.name}: {step.what}")
+        try:
+            left = end - start
+            if left < 5:
+                raise Failure(f"no time left of the {BUDGET // 60} minutes for all steps")
+            note = step.function(left)
+            rows.append(Row(step.name, "pass", 0, note or ""))
+        except Skip as skip:
+            rows.append(Row(step.name, "skip", 0, str(skip)))
+        except (Failure, SyntaxError, OSError, subprocess.SubprocessError) as failure:
+            rows.append(Row(step.name, "FAIL", 0, str(failure)))
+        rows[-1].seconds = round(time.monotonic() - start, 1)
+        say(f"##### {step.name}: {rows[-1].result} {rows[-1].note}")
+    return rows
+
+
+def _main():
+    parser = argparse.ArgumentParser(prog="scripts/test", description="Runs every check and test and prints a table. "
+                                     "Exit code 0 when none failed; what this machine cannot run is skipped, with the reason.")
+    parser.add_argument("steps", nargs="*", metavar="STEP", help="only these (default: all)")
+    parser.add_argument("--list", action="store_true", help="list the steps")
+    parser.add_argument("--skip", action="append", default=[], metavar="STEP", help="all but this one; may be repeated")
+    options = parser.parse_args()
+    known = {step.name: step for step in STEPS}
+    for name in options.steps + options.skip:
+        if name not in known:
+            raise Failure(f"no step {name}: there are {', '.join(known)}")
+    if options.list:
+        for step in STEPS:
+            print(f"{step.name:12} {step.what}")
+        return 0
+    start = time.monotonic()
+    rows = _run([known[n] for n in options.steps or known if n not in options.skip])
+    width = max(len(row.step) for row in rows)
+    print(f"\n{'step':{width}}  result  seconds  note")
+    for row in rows:
+        print(f"{row.step:{width}}  {row.result:6}  {row.seconds:7.1f}  {row.note}")
+    failed = [row.step for row in rows if row.result == "FAIL"]
+    total = time.monotonic() - start
+    print(f"\n{len(rows) - len(failed)} of {len(rows)} steps without failure in {total / 60:.1f} min"
+          + (f"; FAILED: {', '.join(failed)}" if failed else ""))
+    replace_file(TARGET / "test.json", json.dumps([vars(row) for row in rows], indent=1).encode() + b"\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    main(_main)
