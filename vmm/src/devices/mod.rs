@@ -13,6 +13,7 @@ pub mod power;
 pub mod rtc;
 pub mod serial;
 pub mod spec;
+pub mod virtio;
 
 pub use bus::{Bus, BusError};
 pub use console::{ConsoleHandle, ConsoleReader};

@@ -5,6 +5,11 @@ use super::power::Power;
 use super::rtc::Rtc;
 use super::serial::Serial;
 use super::spec::{self, DeviceSpec, DeviceWindow, Space, SpecError, WindowKind};
+use super::virtio::Transport;
+use super::virtio::blk::{Blk, ImageError};
+use super::virtio::console::Console;
+use super::virtio::rng::Rng;
+use super::virtio::worker::Doorbell;
 use super::{Bus, BusDevice, BusError, ConsoleHandle, PlatformEvent};
 use crate::interrupts::IrqLines;
 use dsm::addr::MemberId;
@@ -12,6 +17,7 @@ use std::fs::OpenOptions;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
 use vm_memory::GuestMemoryMmap;
 
 /// Why a member's devices cannot be built.
@@ -23,6 +29,17 @@ pub enum PlatformError {
     /// Two devices at one address.
     #[error(transparent)]
     Bus(#[from] BusError),
+    /// A disk's image cannot be used.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// A device's thread cannot be started.
+    #[error("cannot start the thread of {name}: {source}")]
+    Thread {
+        /// The device.
+        name: String,
+        /// Why.
+        source: std::io::Error,
+    },
     /// The serial port's log cannot be written.
     #[error("cannot write the console log {path}: {source}")]
     Log {
@@ -58,8 +75,8 @@ impl std::fmt::Debug for Route<'_> {
     }
 }
 
-/// The devices of one member. Immutable once built, so lookups take no lock; dropping it stops the devices'
-/// workers.
+/// The devices of one member. Immutable once built, so lookups take no lock. Guest memory may be unmapped only
+/// after [`Platform::shut_down`] said that no worker uses it.
 #[derive(Debug)]
 pub struct Platform {
     pio: Bus,
@@ -67,6 +84,8 @@ pub struct Platform {
     windows: Vec<DeviceWindow>,
     me: MemberId,
     serial: Option<ConsoleHandle>,
+    console: Option<ConsoleHandle>,
+    virtio: Vec<Arc<Transport>>,
 }
 
 impl Platform {
@@ -82,17 +101,33 @@ impl Platform {
         events: Sender<PlatformEvent>,
     ) -> Result<Platform, PlatformError> {
         let windows = spec::windows(specs)?;
-        let mut platform = Platform { pio: Bus::default(), mmio: Bus::default(), windows, me, serial: None };
+        let mut platform = Platform {
+            pio: Bus::default(),
+            mmio: Bus::default(),
+            windows,
+            me,
+            serial: None,
+            console: None,
+            virtio: Vec::new(),
+        };
         for window in platform.windows.clone().iter().filter(|w| w.member == me) {
-            let device: Arc<dyn BusDevice> = match (window.kind, window.spec.and_then(|n| specs.get(n))) {
+            let spec = window.spec.and_then(|n| specs.get(n));
+            let device: Arc<dyn BusDevice> = match (window.kind, spec) {
                 (WindowKind::Power, _) => Arc::new(Power::new(events.clone())),
                 (WindowKind::Rtc, _) => Arc::new(Rtc::default()),
-                (WindowKind::Serial, Some(DeviceSpec::Serial { log, .. })) => {
-                    let serial = serial(log.as_ref(), irq.clone(), window)?;
-                    platform.serial = Some(serial.1);
-                    serial.0
+                (_, Some(DeviceSpec::Serial { log, .. })) => {
+                    let (device, handle) = serial(log.as_ref(), irq.clone(), window)?;
+                    platform.serial = Some(handle);
+                    device
                 }
-                _ => continue,
+                (_, Some(spec)) => {
+                    let name = virtio_name(specs, spec, window);
+                    let (device, handle) = virtio(spec, name, memory.clone(), irq.clone(), window)?;
+                    platform.console = platform.console.take().or(handle);
+                    platform.virtio.push(device.clone());
+                    device
+                }
+                (_, None) => continue,
             };
             let bus = match window.space {
                 Space::Pio => &mut platform.pio,
@@ -100,8 +135,16 @@ impl Platform {
             };
             bus.insert(window.start, window.len, device)?;
         }
-        let _ = memory;
         Ok(platform)
+    }
+
+    /// Ends all workers; returns the names of those that have not ended by the deadline (they wait for a page
+    /// or a disk): while there are any, guest memory must stay mapped.
+    pub fn shut_down(&self, timeout: Duration) -> Vec<String> {
+        let deadline = Instant::now() + timeout;
+        let left = || deadline.saturating_duration_since(Instant::now());
+        let stuck = self.virtio.iter().filter(|t| !t.shut_down(left()));
+        stuck.map(|t| t.name().to_owned()).collect()
     }
 
     /// Where an access of `len` bytes at `addr` goes.
@@ -136,6 +179,54 @@ impl Platform {
     pub fn serial_console(&self) -> Option<&ConsoleHandle> {
         self.serial.as_ref()
     }
+
+    /// The virtio console, on the member that has it.
+    pub fn virtio_console(&self) -> Option<&ConsoleHandle> {
+        self.console.as_ref()
+    }
+}
+
+/// `virtio-blk0` for the first disk of the VM, and so on.
+fn virtio_name(specs: &[DeviceSpec], spec: &DeviceSpec, window: &DeviceWindow) -> String {
+    let same = |other: &&DeviceSpec| std::mem::discriminant(*other) == std::mem::discriminant(spec);
+    let n = specs.iter().take(window.spec.unwrap_or_default()).filter(same).count();
+    let kind = match spec {
+        DeviceSpec::Blk { .. } => "blk",
+        DeviceSpec::Rng { .. } => "rng",
+        DeviceSpec::Console { .. } => "console",
+        DeviceSpec::Serial { .. } => "serial",
+    };
+    format!("virtio-{kind}{n}")
+}
+
+fn virtio(
+    spec: &DeviceSpec,
+    name: String,
+    memory: GuestMemoryMmap,
+    irq: Arc<dyn IrqLines>,
+    window: &DeviceWindow,
+) -> Result<(Arc<Transport>, Option<ConsoleHandle>), PlatformError> {
+    let bell = Arc::new(Doorbell::default());
+    let gsi = window.gsi.unwrap_or_default();
+    let mut handle = None;
+    let thread = |source| PlatformError::Thread { name: name.clone(), source };
+    let transport = match spec {
+        DeviceSpec::Blk { path, readonly, .. } => {
+            let blk = Blk::open(path, *readonly, &name)?;
+            Transport::new(blk.description(name.clone()), blk, bell, memory, irq, gsi).map_err(thread)?
+        }
+        DeviceSpec::Console { .. } => {
+            let output = Arc::new(Output::default());
+            let (console, input) = Console::new(output.clone(), bell.clone());
+            handle = Some(ConsoleHandle::new(output, input));
+            let description = Console::description(name.clone());
+            Transport::new(description, console, bell, memory, irq, gsi).map_err(thread)?
+        }
+        DeviceSpec::Rng { .. } | DeviceSpec::Serial { .. } => {
+            Transport::new(Rng::description(name.clone()), Rng, bell, memory, irq, gsi).map_err(thread)?
+        }
+    };
+    Ok((Arc::new(transport), handle))
 }
 
 fn serial(
