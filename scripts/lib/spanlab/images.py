@@ -1,6 +1,7 @@
 """The initramfs images of the guest and of the virtual hosts, and the static programs inside them."""
 
 import argparse
+import gzip
 import hashlib
 import json
 import os
@@ -127,14 +128,19 @@ def payload_directory():
 
 
 def payload_archive():
-    """The same files as an archive, for a virtual host that cannot mount a directory of the machine."""
+    """The same files as an archive, for a virtual host that cannot mount a directory of the machine.
+
+    The kernel is packed again, by gzip: the archive has to be loaded by a BIOS, and the host's init unpacks it.
+    """
     archive = Archive()
     for name, source in PAYLOAD.items():
-        # The smaller form of the kernel is enough there: memory is dear, and the archive has to be loaded by a BIOS.
-        source = "vmlinuz" if name == "vmlinuz" else source
-        if name != "kernel" and (IMAGES / source).is_file():
+        if name in ("spanvm", "ssicheck", "initramfs") and (IMAGES / source).is_file():
             archive.file(f"/opt/spanvm/{name}", (IMAGES / source).read_bytes())
-    archive.link("/opt/spanvm/kernel", "vmlinuz")
+    vmlinux, packed = IMAGES / "vmlinux", IMAGES / "vmlinux.gz"
+    if vmlinux.is_file():
+        if not packed.is_file() or packed.stat().st_mtime < vmlinux.stat().st_mtime:
+            replace_file(packed, gzip.compress(vmlinux.read_bytes(), 9, mtime=0))
+        archive.file("/opt/spanvm/kernel.gz", packed.read_bytes())
     return archive.bytes()
 
 

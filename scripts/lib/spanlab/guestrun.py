@@ -1,0 +1,254 @@
+"""One run of the Linux guest: `spanvm launch` on virtual hosts or on this machine, and what its console and `spanvm info` say."""
+
+import json
+import os
+import secrets
+import shlex
+import shutil
+import subprocess
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import agent, console, images
+from .common import TARGET, Failure, die_with_parent, kill_group, say
+
+PORT = 7700
+"""TCP port of the node daemons."""
+VM = "guest"
+
+
+@dataclass
+class Plan:
+    """What to boot."""
+    members: int = 2
+    cpus: int = 2
+    memory_mib: int = 512
+    run: str = "poweroff"
+    linger: int = 0
+    """Seconds that the guest waits before it powers off, so that it can be looked at."""
+    disk_mib: int = 0
+    extra: str = ""
+    """More of the kernel command line."""
+    timeout: int = 600
+
+    def cmdline(self):
+        """The guest's kernel command line."""
+        words = ["console=ttyS0", "quiet", "panic=-1", "mitigations=off", "random.trust_cpu=on", f'spanvm.run="{self.run}"']
+        if self.linger:
+            words.append(f"spanvm.linger={self.linger}")
+        return " ".join(words + ([self.extra] if self.extra else []))
+
+
+@dataclass
+class Outcome:
+    """What came of it."""
+    code: int = -1
+    reason: str = ""
+    text: str = ""
+    """The guest's console (and spanvm's own standard output)."""
+    errors: str = ""
+    """spanvm's standard error."""
+    init_s: float = None
+    """Seconds from the launch to the guest's first process, by this machine's clock."""
+    total_s: float = 0.0
+    info: dict = field(default_factory=dict)
+    """The newest `spanvm info --json`."""
+    info_text: str = ""
+    """`spanvm info`, for people."""
+
+    @property
+    def facts(self):
+        """What the guest sees (console.facts)."""
+        return console.facts(self.text)
+
+    @property
+    def remote_faults(self):
+        """Page faults that another member had to answer."""
+        names = ("remote_read", "remote_write", "remote_upgrade")
+        return sum(member.get("faults", {}).get(name, 0) for member in self.info.get("members", []) for name in names)
+
+    def check(self):
+        """Raises `Failure` unless the guest booted, ran its command with success, and powered off without a complaint."""
+        tail = "\n".join((self.text + self.errors).strip().splitlines()[-15:])
+        if self.init_s is None:
+            raise Failure(f"the guest did not reach its init (exit code {self.code} {self.reason}); last lines:\n{tail}")
+        if not self.facts:
+            raise Failure(f"the guest did not say what it is (exit code {self.code} {self.reason}); last lines:\n{tail}")
+        if "SPANVM-BEGIN" in self.text:
+            _, status = console.run_output(self.text)
+            if status is None:
+                raise Failure(f"the guest's command did not end (exit code {self.code} {self.reason}); last lines:\n{tail}")
+            if status:
+                raise Failure(f"the guest's command failed with {status}; last lines:\n{tail}")
+        if self.code:
+            raise Failure(f"spanvm launch ended with exit code {self.code} {self.reason}; last lines:\n{tail}")
+        if complaints := console.complaints(self.text):
+            raise Failure("the guest's kernel complains:\n" + "\n".join(complaints[:10]))
+
+
+class Virtual:
+    """The machines of a lab: member n runs on host n + 1."""
+
+    mode = "lab"
+
+    def __init__(self, lab):
+        self.lab = lab
+        self.command = "spanvm"
+        self.images = "/opt/spanvm"
+
+    def sh(self, script, timeout, on_output=None):
+        """Runs a script on the first host."""
+        return self.lab.run("h1", script, timeout, on_output=on_output)
+
+    def prepare(self, plan):
+        """Starts the node daemons and makes the disk; returns launch's options for the members."""
+        if plan.members > len(self.lab.hosts):
+            raise Failure(f"{plan.members} members need as many hosts; the lab has {len(self.lab.hosts)}")
+        hosts = self.lab.hosts[:plan.members]
+        start_nodes(self.lab)
+        options = ["--on", ",".join(f"{host.ip}:{PORT}" for host in hosts), "--secret-file", "/run/secret"]
+        if plan.disk_mib:
+            # On the last member, so that the first one's CPUs use a disk elsewhere.
+            self.lab.run(hosts[-1], f"truncate -s {plan.disk_mib}M /tmp/disk.img", 30)
+            options += ["--disk", f"/tmp/disk.img,member={plan.members - 1}"]
+        return options
+
+
+class Local:
+    """This machine: all members on loopback."""
+
+    mode = "kvm"
+
+    def __init__(self, binary):
+        self.command = str(binary)
+        self.images = str(images.IMAGES)
+        self.environment = dict(os.environ)
+
+    def sh(self, script, timeout, on_output=None):
+        """Runs a script here."""
+        result = agent.Result()
+        child = subprocess.Popen(["sh", "-c", script], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                 stderr=subprocess.PIPE, start_new_session=True, preexec_fn=die_with_parent,
+                                 env=self.environment)
+
+        def pump(number, pipe):
+            while data := os.read(pipe.fileno(), 1 << 16):
+                if on_output:
+                    on_output(number, data)
+                elif number == 1:
+                    result.stdout += data
+                else:
+                    result.stderr += data
+        pumps = [threading.Thread(target=pump, args=pair, daemon=True) for pair in ((1, child.stdout), (2, child.stderr))]
+        for thread in pumps:
+            thread.start()
+        try:
+            result.code = child.wait(timeout)
+            for thread in pumps:
+                thread.join(2)
+        except subprocess.TimeoutExpired:
+            result.code, result.reason = 124, f"killed after {timeout} s"
+        finally:
+            kill_group(child.pid)
+        return result
+
+    def prepare(self, plan):
+        """Makes the disk; returns launch's options for the members."""
+        options = ["--members", str(plan.members)]
+        if plan.disk_mib:
+            disk = TARGET / "quickstart-disk.img"
+            with open(disk, "wb") as image:
+                image.truncate(plan.disk_mib << 20)
+            options += ["--disk", f"{disk},member={plan.members - 1}"]
+        return options
+
+
+def start_nodes(lab):
+    """Starts `spanvm node` on every host where none runs."""
+    secret = secrets.token_hex(32)
+    known = lab.run("h1", "cat /run/secret 2>/dev/null", 30)
+    secret = known.text.strip() or secret
+    for host in lab.hosts:
+        script = f"""
+            umask 077; echo {secret} >/run/secret
+            if [ -s /run/node.pid ] && kill -0 "$(cat /run/node.pid)" 2>/dev/null; then exit 0; fi
+            setsid spanvm node --listen {host.ip}:{PORT} --secret-file /run/secret </dev/null >/run/node.log 2>&1 &
+            echo $! >/run/node.pid
+            for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+                grep -qi ':{PORT:04X} ' /proc/net/tcp && exit 0
+                kill -0 "$(cat /run/node.pid)" || break
+                sleep 0.5
+            done
+            cat /run/node.log >&2; exit 1"""
+        result = lab.run(host, script, 60)
+        if result.code:
+            raise Failure(f"spanvm node on {host.name}: {result.stderr.decode(errors='replace').strip()}")
+
+
+def boot(where, plan, show=None):
+    """Boots the guest, waits for its end, and returns the outcome; the caller judges it (`Outcome.check`)."""
+    outcome = Outcome()
+    start = time.monotonic()
+    options = ["--name", VM, "--kernel", f"{where.images}/{'kernel' if where.mode == 'lab' else 'vmlinuz'}",
+               "--initrd", f"{where.images}/{'initramfs' if where.mode == 'lab' else 'initramfs.cpio'}",
+               "--cmdline", plan.cmdline(), "--cpus", str(plan.cpus), "--memory", f"{plan.memory_mib}M",
+               *where.prepare(plan)]
+    start = time.monotonic()
+    lock = threading.Lock()
+    ended = threading.Event()
+    finished = threading.Event()
+    shown = [0]
+
+    def on_output(number, data):
+        with lock:
+            text = data.decode(errors="replace")
+            if number == 2:
+                outcome.errors += text
+            else:
+                outcome.text += text
+            if outcome.init_s is None and "SPANVM-INIT uptime_s=" in outcome.text:
+                outcome.init_s = time.monotonic() - start
+            if "SPANVM-END status=" in outcome.text:
+                ended.set()
+            if show:
+                *lines, _ = console.clean(outcome.text).split("\n")
+                for line in lines[shown[0]:]:
+                    show(line)
+                shown[0] = len(lines)
+
+    def look():
+        """Asks for the counters now and then, and once more when the guest's command has ended."""
+        while not finished.is_set():
+            last = ended.wait(10)
+            try:
+                result = where.sh(f"{shlex.quote(where.command)} info {VM} --json", 60)
+                if result.code == 0:
+                    outcome.info = json.loads(result.text)
+                if last:
+                    outcome.info_text = where.sh(f"{shlex.quote(where.command)} info {VM}", 60).text
+            except (Failure, ValueError) as failure:
+                say(f"    spanvm info: {failure}")
+            if last:
+                return
+
+    looker = threading.Thread(target=look, daemon=True)
+    looker.start()
+    try:
+        result = where.sh(f"exec {shlex.join([where.command, 'launch', *options])}", plan.timeout, on_output)
+        outcome.code, outcome.reason = result.code, result.reason
+    finally:
+        finished.set()
+        ended.set()
+    looker.join(90 if plan.linger else 5)
+    outcome.total_s = time.monotonic() - start
+    return outcome
+
+
+def binary():
+    """The `spanvm` for this machine, built."""
+    built = images.build_static("spanvm", "ssicheck")
+    if not shutil.which(str(built / "spanvm")):
+        raise Failure(f"{built / 'spanvm'} was not built")
+    return Path(built / "spanvm")
