@@ -1,13 +1,15 @@
 """The command line of scripts/lab."""
 
 import argparse
+import json
 import os
 import shlex
 import sys
 import threading
 
+from . import guestrun, measure
 from . import lab as labs
-from .common import Failure, main, say
+from .common import TARGET, Failure, main, replace_file, say
 
 DESCRIPTION = """\
 Virtual hosts with /dev/kvm, for running spanvm over several machines on one.
@@ -18,6 +20,8 @@ Virtual hosts with /dev/kvm, for running spanvm over several machines on one.
   scripts/lab exec h1 -- 'setsid spanvm node >/tmp/node.log 2>&1 &'   leave a daemon behind
   scripts/lab down                           end them
   scripts/lab run -n 3 -- CMD                up, run CMD in h1, down
+  scripts/lab soak --boots 10                boot the Linux guest over them ten times, and judge its console
+  scripts/lab bench boot --json              its boot over two hosts against one, and where remote faults come from
 
 The hosts run Debian's stock kernel and busybox. In each of them
   /opt/spanvm  (first in PATH)  spanvm, ssicheck, kernel (ELF), vmlinuz, initramfs, as of the last build
@@ -54,6 +58,20 @@ def _parser():
     run.add_argument("argv", nargs=argparse.REMAINDER, metavar="-- CMD")
     commands.add_parser("down", parents=[name], help="end the hosts")
     commands.add_parser("status", parents=[name], help="which hosts there are")
+
+    guest = argparse.ArgumentParser(add_help=False)
+    guest.add_argument("--guest-cpus", type=int, metavar="N", help="CPUs of the guest (default: one per host)")
+    guest.add_argument("--guest-memory", type=int, default=512, metavar="MIB", help="of the guest (default 512)")
+    guest.add_argument("--guest-timeout", type=int, default=0, metavar="S", help="kill a guest after")
+    guest.add_argument("--guest-args", default="", metavar="TEXT", help="more of the guest's kernel command line")
+    soak = commands.add_parser("soak", parents=[machine, name, guest], help="boot the Linux guest over the hosts, many times")
+    soak.add_argument("--boots", type=int, default=10, metavar="N", help="how often (default 10)")
+    soak.add_argument("--guest-run", default="poweroff", metavar="CMD", help="what the guest runs, such as 'ssicheck' (default: nothing)")
+    soak.add_argument("--fresh-hosts", action="store_true", help="new virtual hosts for every boot")
+    bench = commands.add_parser("bench", parents=[machine, name, guest], help="measure the Linux guest over the hosts")
+    bench.add_argument("what", choices=["boot"])
+    bench.add_argument("--runs", type=int, default=1, metavar="N", help="boots of each kind; the median counts (default 1)")
+    bench.add_argument("--json", action="store_true", help="JSON instead of a table")
     return parser
 
 
@@ -115,6 +133,30 @@ def execute(lab, where, script, timeout, stdin=None):
     return next((code for _, code in sorted(codes.items()) if code), 0)
 
 
+def _measure(options):
+    """soak and bench: labs of their own, one after the other."""
+    if options.name == "default":
+        options.name = f"{options.command}-{os.getpid()}"
+    plan = guestrun.Plan(
+        members=options.n, cpus=options.guest_cpus or options.n, memory_mib=options.guest_memory, extra=options.guest_args,
+        timeout=options.guest_timeout or (1800 if options.cpu == "intel" else 600))
+    if options.command == "soak":
+        if options.boots < 1:
+            raise Failure(f"--boots {options.boots}: at least 1")
+        plan.run = options.guest_run
+        return measure.soak(lambda: _new(options), options.boots, plan, options.fresh_hosts)
+    if options.n < 2 or options.runs < 1:
+        raise Failure("bench boot compares one member with several: -n 2 or more, --runs 1 or more")
+    report = measure.bench_boot(lambda: _new(options), plan, options.runs)
+    text = json.dumps(report, indent=1)
+    replace_file(TARGET / f"bench-boot-{options.cpu}.json", text.encode() + b"\n")
+    if options.json:
+        print(text)
+    else:
+        measure.print_boot(report)
+    return 0
+
+
 def _main():
     options = _parser().parse_args()
     if not options.name.replace("-", "").replace("_", "").isalnum():
@@ -134,6 +176,8 @@ def _main():
     if options.command == "down":
         labs.down(options.name)
         return 0
+    if options.command in ("soak", "bench"):
+        return _measure(options)
     for name in labs.names():
         known = labs.load(name)
         print(f"{name}: {known.count} x {known.cpu} ({known.accel})")

@@ -14,7 +14,7 @@ from pathlib import Path
 from . import agent, console, images
 from .common import TARGET, Failure, die_with_parent, kill_group, say
 
-PORT = 7700
+PORT = 7410
 """TCP port of the node daemons."""
 VM = "guest"
 
