@@ -375,14 +375,11 @@ impl<D> Cache<D> {
 
     /// A hold time may have run out.
     pub(super) fn timer(&mut self, now: u64, page: Page, home: MemberId, fx: &mut Effects<D>) {
-        match self.deferred.get(&page) {
-            Some(d) if d.until > now => fx.push(Command::Timer { page, at: d.until }),
-            Some(_) => {
-                if let Some(d) = self.deferred.remove(&page) {
-                    self.serve(page, d.demand, home, fx);
-                }
-            }
-            None => {}
+        // An early timer is left over from a hold that ended early; every hold sets its own.
+        if self.deferred.get(&page).is_some_and(|d| d.until <= now)
+            && let Some(deferred) = self.deferred.remove(&page)
+        {
+            self.serve(page, deferred.demand, home, fx);
         }
     }
 

@@ -17,7 +17,7 @@ pub struct HoldConfig {
     pub min: Duration,
     /// No page is held longer than this.
     pub max: Duration,
-    /// The longest hold of a contended page, in transfer times.
+    /// The longest hold of a contended page, in transfer times; 0 holds every page for `min`.
     pub transfers: u32,
 }
 
@@ -72,7 +72,7 @@ impl Hold {
 
     /// The level after the page was asked for `age` nanoseconds after it came.
     pub fn next_level(&self, level: u8, age: u64) -> u8 {
-        if self.max == 0 {
+        if self.transfers == 0 {
             return 0;
         }
         let hold = self.time(level).max(self.transfer);

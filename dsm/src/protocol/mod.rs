@@ -54,6 +54,8 @@ pub struct Violation {
 }
 
 #[cfg(test)]
+mod cluster;
+#[cfg(test)]
 mod model;
 #[cfg(test)]
 mod properties;

@@ -45,6 +45,9 @@ impl Share {
 
     /// Number of slots for a memory of `pages` pages.
     pub fn slots(self, pages: u32) -> usize {
+        if self.bits == 0 {
+            return pages as usize;
+        }
         let blocks = pages.div_ceil(BLOCK) as usize;
         (blocks >> self.bits) * BLOCK as usize + BLOCK as usize
     }
