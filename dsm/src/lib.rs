@@ -5,6 +5,7 @@
 //! decides, [`transport`] carries what was decided, and [`region`] installs the page that comes back.
 
 pub mod addr;
+pub mod bench;
 pub mod layout;
 pub mod node;
 pub mod protocol;

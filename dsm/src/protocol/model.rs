@@ -57,7 +57,8 @@ impl Model for OnePage {
                 actions.push(Action::Store { member });
             }
         }
-        actions.extend(state.cluster.network.keys().map(|(from, to)| Action::Deliver { from: *from, to: *to }));
+        actions
+            .extend(state.cluster.network.keys().map(|(from, to)| Action::Deliver { from: *from, to: *to }));
         actions.extend(state.cluster.timers.keys().map(|(member, _)| Action::Fire { member: *member }));
     }
 

@@ -197,10 +197,8 @@ fn who_has_no_right_to_answer_is_refused() {
     assert!(refused(writing, forward).contains("home that it is not"));
     let invalidate = Msg::Invalidate { requester: MemberId(1), token: Token(5) };
     assert!(refused(idle, invalidate).contains("home that it is not"));
-    let unasked = Msg::Grant {
-        terms: Terms { done: false, ..terms(1, Right::Shared) },
-        contents: Contents::Bytes(9),
-    };
+    let unasked =
+        Msg::Grant { terms: Terms { done: false, ..terms(1, Right::Shared) }, contents: Contents::Bytes(9) };
     // Member 0 is the page's home itself, so nobody else may end the transaction for it.
     assert!(refused(reading, unasked).contains("behind its home's back"));
 }

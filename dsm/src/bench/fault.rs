@@ -1,0 +1,220 @@
+//! What one remote page fault costs, over the floor measured in the same run.
+
+use super::floor::{Samples, local_faults, nanos, round_trips};
+use super::group::{Group, Launcher};
+use super::peer::{Order, Tuning};
+use super::work::Work;
+use super::{BenchError, io_step};
+use crate::addr::{HomeRange, MemberId, PAGE_SIZE};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::net::TcpListener;
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::{Duration, Instant};
+
+/// The peer answers an order within this time or is given up.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How much to measure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FaultOptions {
+    /// Pages per run, at least 10; half of them have their home here, half at the peer.
+    pub pages: u32,
+    /// Runs; the figures are medians over them.
+    pub runs: u32,
+    /// The members' knobs.
+    pub tuning: Tuning,
+}
+
+impl Default for FaultOptions {
+    fn default() -> Self {
+        FaultOptions { pages: 2000, runs: 5, tuning: Tuning::default() }
+    }
+}
+
+/// The floor, in microseconds, p50.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Floor {
+    /// A fault on an absent page that a thread of the process fills at once.
+    pub uffd_us: f64,
+    /// 64 bytes there, 4096 back, over TCP on loopback between two processes.
+    pub rtt_us: f64,
+    /// A write to a protected page that a thread of the process unprotects at once.
+    pub wp_us: f64,
+}
+
+/// One kind of fault, in microseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Cost {
+    /// Median.
+    pub p50_us: f64,
+    /// 99th percentile.
+    pub p99_us: f64,
+}
+
+/// p50 over the floor: uffd (for an upgrade wp) plus one round trip.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Ratios {
+    /// Of a read fault.
+    pub read: f64,
+    /// Of a write fault.
+    pub write: f64,
+    /// Of an upgrade.
+    pub upgrade: f64,
+}
+
+/// The result.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FaultReport {
+    /// Name of the benchmark: `fault`.
+    pub bench: String,
+    /// The floor.
+    pub floor: Floor,
+    /// A read of a page that the peer has modified.
+    pub read: Cost,
+    /// A write to a page that the peer has modified.
+    pub write: Cost,
+    /// A write to a page that both have.
+    pub upgrade: Cost,
+    /// Over the floor.
+    pub ratio: Ratios,
+}
+
+impl fmt::Display for FaultReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Floor { uffd_us, rtt_us, wp_us } = self.floor;
+        writeln!(
+            f,
+            "floor    local fault {uffd_us:.1} us, write-protect fault {wp_us:.1} us, round trip {rtt_us:.1} us"
+        )?;
+        writeln!(f, "{:<8} {:>9} {:>9} {:>9} {:>7}", "fault", "p50 us", "p99 us", "floor us", "ratio")?;
+        for (name, cost, floor, ratio) in [
+            ("read", self.read, uffd_us + rtt_us, self.ratio.read),
+            ("write", self.write, uffd_us + rtt_us, self.ratio.write),
+            ("upgrade", self.upgrade, wp_us + rtt_us, self.ratio.upgrade),
+        ] {
+            writeln!(f, "{name:<8} {:>9.1} {:>9.1} {floor:>9.1} {ratio:>7.2}", cost.p50_us, cost.p99_us)?;
+        }
+        Ok(())
+    }
+}
+
+/// The value below which `percent` of the samples lie, in microseconds.
+fn percentile(samples: &mut Samples, percent: usize) -> f64 {
+    samples.sort_unstable();
+    let at = (samples.len().saturating_sub(1) * percent) / 100;
+    // Nanoseconds of a page fault are exact in an f64.
+    #[allow(clippy::cast_precision_loss)]
+    let ns = samples.get(at).copied().unwrap_or(0) as f64;
+    ns / 1000.0
+}
+
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_unstable_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(0.0)
+}
+
+/// What one run measured.
+#[derive(Clone, Copy)]
+struct Run {
+    floor: Floor,
+    costs: [Cost; 3],
+    ratios: [f64; 3],
+}
+
+/// Starts a second process and measures. `progress` is told of every run that has ended.
+pub fn run(
+    opts: FaultOptions,
+    launcher: Launcher<'_>,
+    mut progress: impl FnMut(u32, u32),
+) -> Result<FaultReport, BenchError> {
+    if opts.pages < 10 || opts.runs == 0 {
+        return Err(BenchError::Options("at least 10 pages and one run are needed"));
+    }
+    let half = u64::from(opts.pages / 2) * PAGE_SIZE;
+    let memory = [
+        HomeRange { start: 0, len: half, home: MemberId(0) },
+        HomeRange { start: half, len: half, home: MemberId(1) },
+    ];
+    let mut group = Group::start(2, true, &memory, opts.tuning, launcher)?;
+    let listener = TcpListener::bind("127.0.0.1:0").map_err(io_step("can't listen on loopback"))?;
+    let addr = listener.local_addr().map_err(io_step("can't listen on loopback"))?;
+    let peer = group.peers.first_mut().ok_or(BenchError::Options("there is no peer"))?;
+    peer.ask(&Order::Echo(addr), PATIENCE)?;
+    let (mut stream, _) = listener.accept().map_err(io_step("the peer did not connect"))?;
+
+    let mut runs = Vec::new();
+    for n in 0..opts.runs {
+        let count = usize::try_from(opts.pages).unwrap_or(usize::MAX);
+        let mut rtt = round_trips(&mut stream, count)?;
+        let (mut uffd, mut wp) = local_faults(opts.pages)?;
+        // The peer writes, so that it has every page; then this process reads, upgrades, gives back, and writes.
+        let give = |group: &mut Group, value| {
+            let pages = u64::from(opts.pages / 2) * 2;
+            group.all(|_| Work::Fill { gpa: 0, pages, value }, PATIENCE)
+        };
+        give(&mut group, u64::from(n) * 2 + 1)?;
+        let mut read = touch(&group, 2 * half, false);
+        let mut upgrade = touch(&group, 2 * half, true);
+        give(&mut group, u64::from(n) * 2 + 2)?;
+        let mut write = touch(&group, 2 * half, true);
+        // The floor again, so that a disturbance at one moment does not make it look high or low.
+        rtt.extend(round_trips(&mut stream, count)?);
+        let (again, wp_again) = local_faults(opts.pages)?;
+        uffd.extend(again);
+        wp.extend(wp_again);
+
+        let floor = Floor {
+            uffd_us: percentile(&mut uffd, 50),
+            rtt_us: percentile(&mut rtt, 50),
+            wp_us: percentile(&mut wp, 50),
+        };
+        let costs = [&mut read, &mut write, &mut upgrade]
+            .map(|s| Cost { p50_us: percentile(s, 50), p99_us: percentile(s, 99) });
+        let [r, w, u] = costs.map(|c| c.p50_us);
+        let (missing, protected) = (floor.uffd_us + floor.rtt_us, floor.wp_us + floor.rtt_us);
+        runs.push(Run { floor, costs, ratios: [r / missing, w / missing, u / protected] });
+        progress(n + 1, opts.runs);
+    }
+    Ok(report(&runs))
+}
+
+/// Times one access to the first word of every page.
+fn touch(group: &Group, bytes: u64, write: bool) -> Samples {
+    let Some(own) = &group.own else { return Vec::new() };
+    let memory = own.memory();
+    let mut samples = Vec::new();
+    for gpa in (0..bytes).step_by(4096) {
+        let Some(word) = memory.u64_at(gpa) else { continue };
+        let start = Instant::now();
+        if write {
+            word.store(99, SeqCst);
+        } else {
+            word.load(SeqCst);
+        }
+        samples.push(nanos(start));
+    }
+    samples
+}
+
+fn report(runs: &[Run]) -> FaultReport {
+    let middle = |f: &dyn Fn(&Run) -> f64| median(&mut runs.iter().map(f).collect::<Vec<_>>());
+    let cost =
+        |n: usize| Cost { p50_us: middle(&|r| r.costs[n].p50_us), p99_us: middle(&|r| r.costs[n].p99_us) };
+    FaultReport {
+        bench: "fault".into(),
+        floor: Floor {
+            uffd_us: middle(&|r| r.floor.uffd_us),
+            rtt_us: middle(&|r| r.floor.rtt_us),
+            wp_us: middle(&|r| r.floor.wp_us),
+        },
+        read: cost(0),
+        write: cost(1),
+        upgrade: cost(2),
+        ratio: Ratios {
+            read: middle(&|r| r.ratios[0]),
+            write: middle(&|r| r.ratios[1]),
+            upgrade: middle(&|r| r.ratios[2]),
+        },
+    }
+}

@@ -1,0 +1,108 @@
+//! The physical floor: what the kernel alone takes for the steps that no page fault over the network can do without.
+
+use super::{BenchError, io_step};
+use crate::addr::{HomeRange, MemberId, PAGE_SIZE};
+use crate::layout::{Layout, Page};
+use crate::region::{Region, RegionError};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::thread;
+use std::time::Instant;
+
+/// Bytes of a request and of its answer in the round trip.
+const ASK: usize = 64;
+const ANSWER: usize = 4096;
+
+/// Nanoseconds of every single step, in the order they were taken.
+pub type Samples = Vec<u64>;
+
+/// Nanoseconds since `start`.
+pub(super) fn nanos(start: Instant) -> u64 {
+    u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Answers requests of [`round_trips`] until the other end is gone.
+pub fn echo(mut stream: TcpStream) {
+    let mut ask = [0; ASK];
+    let answer = [7; ANSWER];
+    // The other end goes away when it has had enough; that is no error.
+    let _ = stream.set_nodelay(true);
+    while stream.read_exact(&mut ask).and_then(|()| stream.write_all(&answer)).is_ok() {}
+}
+
+/// Times `count` round trips of 64 bytes one way and 4096 the other.
+pub fn round_trips(stream: &mut TcpStream, count: usize) -> Result<Samples, BenchError> {
+    let step = || io_step("the round trip over loopback failed");
+    stream.set_nodelay(true).map_err(step())?;
+    let ask = [1; ASK];
+    let mut answer = [0; ANSWER];
+    let mut samples = Vec::with_capacity(count);
+    for _ in 0..count {
+        let start = Instant::now();
+        stream.write_all(&ask).map_err(step())?;
+        stream.read_exact(&mut answer).map_err(step())?;
+        samples.push(nanos(start));
+    }
+    Ok(samples)
+}
+
+/// Times page faults that a thread of this process answers at once: first a read of an absent page, then a write to
+/// each page, now write-protected.
+pub fn local_faults(count: u32) -> Result<(Samples, Samples), BenchError> {
+    let bytes = u64::from(count) * PAGE_SIZE;
+    let layout = Layout::new(&[HomeRange { start: 0, len: bytes, home: MemberId(0) }])
+        .map_err(|_| BenchError::Options("the number of pages must be positive"))?;
+    let region = Region::new(&layout, 1)?;
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let handler = scope.spawn(|| handle(&region, &stop));
+        let memory = region.memory();
+        let timed = |write: bool| -> Samples {
+            (0..u64::from(count))
+                .filter_map(|n| {
+                    let word = memory.u64_at(n * PAGE_SIZE)?;
+                    let start = Instant::now();
+                    if write {
+                        word.store(1, SeqCst);
+                    } else {
+                        word.load(SeqCst);
+                    }
+                    Some(nanos(start))
+                })
+                .collect()
+        };
+        let missing = timed(false);
+        let protected = timed(true);
+        stop.store(true, Relaxed);
+        match handler.join() {
+            Ok(Ok(())) => Ok((missing, protected)),
+            Ok(Err(e)) => Err(e.into()),
+            Err(_) => Err(BenchError::Options("the fault handler panicked")),
+        }
+    })
+}
+
+fn handle(region: &Region, stop: &AtomicBool) -> Result<(), RegionError> {
+    let failed = |source: io::Error| RegionError::Step { step: "wait for faults", gpa: 0, source };
+    let Some(fd) = region.shard_fd(0) else { return Ok(()) };
+    let contents = Box::new([5u8; 4096]);
+    let mut faults = Vec::new();
+    let mut present = std::collections::BTreeSet::<Page>::new();
+    while !stop.load(Relaxed) {
+        let mut fds = [PollFd::new(&fd, PollFlags::IN)];
+        let timeout = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+        poll(&mut fds, Some(&timeout)).map_err(|e| failed(e.into()))?;
+        region.faults(0, &mut faults).map_err(failed)?;
+        for fault in faults.drain(..) {
+            if present.insert(fault.page) {
+                region.fill(fault.page, &contents, true)?;
+            } else {
+                region.unprotect(fault.page)?;
+            }
+        }
+    }
+    Ok(())
+}

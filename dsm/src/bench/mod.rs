@@ -1,0 +1,74 @@
+//! Benchmarks and workloads over real processes, real userfaultfd and real TCP; no KVM needed.
+//!
+//! - [`fault`]: what one remote fault costs, over the physical floor measured in the same run ([`floor`]).
+//! - [`group`]: starts member processes and gives them orders; [`peer`]: a member process that takes orders.
+//! - [`work`]: what members can be ordered to do with the memory.
+//!
+//! A program that runs them needs a hidden subcommand that calls [`peer_main`] with the address it is given.
+
+pub mod fault;
+pub mod floor;
+pub mod group;
+pub mod peer;
+pub mod work;
+
+pub use peer::peer_main;
+
+use crate::addr::MemberId;
+use crate::node::DsmError;
+use crate::region::RegionError;
+use crate::transport::mesh::MeshError;
+use std::io;
+use thiserror::Error;
+
+/// A benchmark or workload that could not be run to its end.
+#[derive(Debug, Error)]
+pub enum BenchError {
+    /// userfaultfd or the memory could not be had.
+    #[error(transparent)]
+    Region(#[from] RegionError),
+    /// A member could not be started.
+    #[error(transparent)]
+    Dsm(#[from] DsmError),
+    /// The members could not connect.
+    #[error(transparent)]
+    Mesh(#[from] MeshError),
+    /// A member process could not be started.
+    #[error("can't start a member process: {0}")]
+    Spawn(io::Error),
+    /// A member process did not answer.
+    #[error("no answer from the process of {member}: {source}")]
+    Peer {
+        /// The member.
+        member: MemberId,
+        /// What the connection said.
+        source: io::Error,
+    },
+    /// A member process answered with an error.
+    #[error("{member} failed: {what}")]
+    Work {
+        /// The member.
+        member: MemberId,
+        /// Its words.
+        what: String,
+    },
+    /// A member process answered something else than it was asked.
+    #[error("{0} gave an answer of the wrong kind")]
+    Answer(MemberId),
+    /// A socket of the benchmark itself failed.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// There is nothing to measure.
+    #[error("{0}")]
+    Options(&'static str),
+}
+
+/// Names what was tried when an I/O step fails.
+pub(crate) fn io_step(what: &'static str) -> impl FnOnce(io::Error) -> BenchError {
+    move |source| BenchError::Io { what, source }
+}

@@ -1,0 +1,184 @@
+//! A member process that takes orders over one connection, a line of JSON each.
+
+use super::work::{Outcome, Work};
+use super::{BenchError, io_step};
+use crate::addr::{Epoch, HomeRange, MemberId};
+use crate::node::{Dsm, DsmConfig, HoldConfig};
+use crate::stats::DsmSnapshot;
+use crate::transport::mesh::{self, MeshConfig};
+use serde::{Deserialize, Serialize};
+use std::io::{BufRead, BufReader, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::thread;
+use std::time::Duration;
+
+/// Time for members to find each other.
+const MESH: Duration = Duration::from_secs(20);
+
+/// What a member is to be.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Membership {
+    /// Its number.
+    pub me: MemberId,
+    /// All members' addresses, by number.
+    pub addrs: Vec<SocketAddr>,
+    /// The memory.
+    pub memory: Vec<HomeRange>,
+    /// The knobs.
+    pub tuning: Tuning,
+}
+
+/// The knobs of a member that experiments turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tuning {
+    /// Hold of a page that is not contended, in microseconds.
+    pub hold_min_us: u64,
+    /// Longest hold, in microseconds.
+    pub hold_max_us: u64,
+    /// Longest hold of a contended page, in transfer times.
+    pub hold_transfers: u32,
+    /// Number of userfaultfds.
+    pub shards: usize,
+    /// A peer that is silent for this long, in milliseconds, is dead.
+    pub deadline_ms: u64,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        let hold = HoldConfig::default();
+        let us = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
+        Tuning {
+            hold_min_us: us(hold.min),
+            hold_max_us: us(hold.max),
+            hold_transfers: hold.transfers,
+            shards: 1,
+            deadline_ms: 10_000,
+        }
+    }
+}
+
+/// An order to a member process.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Order {
+    /// Open a port for peers.
+    Listen,
+    /// Become a member.
+    Join(Membership),
+    /// Answer 64-byte requests on this address with 4096 bytes, in a thread.
+    Echo(SocketAddr),
+    /// Work with the memory.
+    Work(Work),
+    /// Tell the counters.
+    Snapshot,
+    /// Tell whether the memory has failed.
+    Failure,
+    /// Leave and end.
+    Quit,
+}
+
+/// The answer to an order.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Answer {
+    /// Done.
+    Done,
+    /// The port that was opened.
+    Listening(SocketAddr),
+    /// What came of the work.
+    Outcome(Outcome),
+    /// The counters.
+    Snapshot(Box<DsmSnapshot>),
+    /// The failure in words, if there was one, and the peer to blame.
+    Failure(Option<(Option<MemberId>, String)>),
+    /// It did not work, or something was seen that must never be.
+    Error(String),
+}
+
+/// Connects the members of a group and starts this one.
+pub fn join(listener: TcpListener, membership: &Membership) -> Result<Dsm, BenchError> {
+    let Membership { me, addrs, memory, tuning } = membership;
+    let all = || (0u16..).map(MemberId).zip(addrs.iter().copied());
+    let mesh = MeshConfig {
+        me: *me,
+        vm: "bench".into(),
+        epoch: Epoch(1),
+        peers: all().filter(|(id, _)| id != me).collect(),
+        secret: None,
+        deadline: MESH,
+        channels: 1,
+    };
+    let links = mesh::connect(listener, &mesh)?;
+    let links = links.into_iter().filter_map(|l| Some((l.peer, l.streams.into_iter().next()?)));
+    let mut cfg = DsmConfig::new(*me, all().map(|(id, _)| id).collect(), Epoch(1), memory.clone());
+    cfg.hold = HoldConfig {
+        min: Duration::from_micros(tuning.hold_min_us),
+        max: Duration::from_micros(tuning.hold_max_us),
+        transfers: tuning.hold_transfers,
+    };
+    cfg.shards = tuning.shards;
+    cfg.deadline = Duration::from_millis(tuning.deadline_ms);
+    Ok(Dsm::start(cfg, links.collect())?)
+}
+
+/// Runs a member process until it is told to quit or its commander is gone. `control` is where the commander listens.
+pub fn peer_main(control: SocketAddr) -> Result<(), BenchError> {
+    let stream = TcpStream::connect(control).map_err(io_step("can't reach the benchmark"))?;
+    let mut writer = stream.try_clone().map_err(io_step("can't use the connection to the benchmark"))?;
+    let mut state = State::default();
+    for line in BufReader::new(stream).lines() {
+        let Ok(line) = line else { break };
+        let answer = match serde_json::from_str(&line) {
+            Ok(Order::Quit) => Answer::Done,
+            Ok(order) => state.obey(order).unwrap_or_else(Answer::Error),
+            Err(e) => Answer::Error(e.to_string()),
+        };
+        let mut text = serde_json::to_string(&answer).unwrap_or_default();
+        text.push('\n');
+        if writer.write_all(text.as_bytes()).is_err() || matches!(answer, Answer::Done if line == "\"Quit\"")
+        {
+            break;
+        }
+    }
+    Ok(())
+}
+
+#[derive(Default)]
+struct State {
+    listener: Option<TcpListener>,
+    dsm: Option<Dsm>,
+}
+
+impl State {
+    fn obey(&mut self, order: Order) -> Result<Answer, String> {
+        match order {
+            Order::Listen => {
+                let listener = TcpListener::bind("127.0.0.1:0").map_err(|e| e.to_string())?;
+                let addr = listener.local_addr().map_err(|e| e.to_string())?;
+                self.listener = Some(listener);
+                Ok(Answer::Listening(addr))
+            }
+            Order::Join(membership) => {
+                let listener = self.listener.take().ok_or("join before listen")?;
+                self.dsm = Some(join(listener, &membership).map_err(|e| e.to_string())?);
+                Ok(Answer::Done)
+            }
+            Order::Echo(addr) => {
+                let stream = TcpStream::connect(addr).map_err(|e| e.to_string())?;
+                thread::spawn(move || super::floor::echo(stream));
+                Ok(Answer::Done)
+            }
+            Order::Work(work) => {
+                let dsm = self.dsm.as_ref().ok_or("work before join")?;
+                super::work::run(dsm.memory(), &work).map(Answer::Outcome)
+            }
+            Order::Snapshot => {
+                let dsm = self.dsm.as_ref().ok_or("snapshot before join")?;
+                Ok(Answer::Snapshot(Box::new(dsm.snapshot())))
+            }
+            Order::Failure => {
+                let dsm = self.dsm.as_ref().ok_or("failure before join")?;
+                Ok(Answer::Failure(dsm.failure().map(|f| (f.peer, f.to_string()))))
+            }
+            Order::Quit => Ok(Answer::Done),
+        }
+    }
+}
