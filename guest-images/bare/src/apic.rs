@@ -17,6 +17,7 @@ const XAPIC: u64 = 0xFEE0_0000;
 const ID: u32 = 0x20;
 const TPR: u32 = 0x80;
 const SVR: u32 = 0xF0;
+const LVT_LINT0: u32 = 0x350;
 const ICR: u32 = 0x300;
 const ICR_HIGH: u32 = 0x310;
 /// LVT timer, initial count, current count, divide configuration.
@@ -34,6 +35,17 @@ const INIT: u32 = 0x4500;
 const STARTUP: u32 = 0x4600;
 /// ICR: fixed delivery, edge, asserted.
 const FIXED: u32 = 0x4000;
+
+/// Destinations that the ICR names without an id (SDM vol. 3, 11.6.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shorthand {
+    /// The sender.
+    Me = 1,
+    /// Every CPU.
+    All = 2,
+    /// Every CPU but the sender.
+    Others = 3,
+}
 
 impl Mode {
     /// Name as on the command line.
@@ -71,6 +83,8 @@ impl Mode {
         machine::wrmsr(IA32_APIC_BASE, machine::rdmsr(IA32_APIC_BASE) | bits);
         self.write(SVR, 0x1FF);
         self.write(TPR, 0);
+        // Firmware may have left a PIC wired through.
+        self.write(LVT_LINT0, 1 << 16);
     }
 
     /// This CPU's APIC id.
@@ -104,5 +118,10 @@ impl Mode {
     /// A fixed interrupt.
     pub fn ipi(self, target: u32, vector: u8) {
         self.send(target, FIXED | u32::from(vector));
+    }
+
+    /// A fixed interrupt by destination shorthand.
+    pub fn ipi_to(self, who: Shorthand, vector: u8) {
+        self.send(0, FIXED | (who as u32) << 18 | u32::from(vector));
     }
 }

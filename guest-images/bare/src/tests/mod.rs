@@ -1,6 +1,10 @@
 //! The tests, by the names that `test=` takes. Each says what it measured and whether it passed.
 
 mod counter;
+mod ends;
+mod ipi;
+mod timer;
+mod wait;
 
 use crate::console::Line;
 use crate::env::{Env, Failure};
@@ -8,8 +12,15 @@ use crate::env::{Env, Failure};
 /// Runs on the first CPU; `Ok(true)` is a pass.
 pub type Test = fn(&Env, &mut Line) -> Result<bool, Failure>;
 
-/// All tests that end.
-pub const TESTS: &[(&str, Test)] = &[("counter", counter::run)];
+/// All tests.
+pub const TESTS: &[(&str, Test)] = &[
+    ("counter", counter::run),
+    ("ipi", ipi::run),
+    ("ipimodes", ipi::run_modes),
+    ("timer", timer::run),
+    ("triple", ends::triple),
+    ("reset", ends::reset),
+];
 
 /// The test of that name.
 pub fn find(name: &str) -> Option<Test> {
