@@ -2,8 +2,12 @@
 
 mod counter;
 mod ends;
+mod forever;
 mod ipi;
+mod pages;
 mod timer;
+mod touch;
+mod tsc;
 mod wait;
 
 use crate::console::Line;
@@ -18,6 +22,11 @@ pub const TESTS: &[(&str, Test)] = &[
     ("ipi", ipi::run),
     ("ipimodes", ipi::run_modes),
     ("timer", timer::run),
+    ("pages", pages::shared),
+    ("private", pages::private),
+    ("touch", touch::run),
+    ("tsc", tsc::run),
+    ("loop", forever::run),
     ("triple", ends::triple),
     ("reset", ends::reset),
 ];
