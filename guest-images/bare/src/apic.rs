@@ -1,6 +1,7 @@
 //! The local APIC, as x2APIC (MSRs, through CPL 0) or xAPIC (MMIO page, straight from CPL 3).
 
 use crate::machine;
+use bare_support::cast::low32;
 
 /// How the local APIC is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,7 +60,7 @@ impl Mode {
     /// Reads a register.
     pub fn read(self, register: u32) -> u32 {
         match self {
-            Self::X2 => (machine::rdmsr(0x800 + register / 16) & 0xFFFF_FFFF) as u32,
+            Self::X2 => low32(machine::rdmsr(0x800 + register / 16)),
             // SAFETY: the APIC's page is mapped and holds no memory of the guest's.
             Self::X => unsafe { ((XAPIC + u64::from(register)) as *const u32).read_volatile() },
         }

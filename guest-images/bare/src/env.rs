@@ -3,7 +3,9 @@
 use crate::apic::Mode;
 use crate::boot::{self, MAPPED_GIB, MAX_CPUS};
 use crate::machine;
+use bare_support::cast::index;
 use bare_support::cmdline::Cmdline;
+use core::cell::UnsafeCell;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 /// Why a test, or the start-up, could not go on.
@@ -62,13 +64,19 @@ fn peek<T: Copy>(address: u64) -> T {
     unsafe { core::ptr::read_unaligned(address as *const T) }
 }
 
+/// Where the command line is kept.
+struct Text(UnsafeCell<[u8; MAX_CMDLINE]>);
+
+// SAFETY: written once, by the first CPU, before any other runs.
+unsafe impl Sync for Text {}
+
 fn copy_cmdline(address: u64) -> &'static str {
-    static mut TEXT: [u8; MAX_CMDLINE] = [0; MAX_CMDLINE];
+    static TEXT: Text = Text(UnsafeCell::new([0; MAX_CMDLINE]));
     if address == 0 {
         return "";
     }
     // SAFETY: called once, by the first CPU, before any other runs.
-    let text = unsafe { &mut *(&raw mut TEXT) };
+    let text = unsafe { &mut *TEXT.0.get() };
     let mut len = 0;
     for (slot, at) in text.iter_mut().zip(address..) {
         *slot = peek(at);
@@ -142,7 +150,7 @@ impl Env {
         }
         Ok(Self {
             cmdline,
-            cpus: cpus as usize,
+            cpus: index(cpus),
             khz,
             khz_from,
             apic,
@@ -176,7 +184,7 @@ impl Env {
         }
         self.next.store(end, Ordering::Relaxed);
         // SAFETY: identity-mapped RAM above the image, handed out once, and only ever used through atomics.
-        Ok(unsafe { core::slice::from_raw_parts(start as *const Page, count as usize) })
+        Ok(unsafe { core::slice::from_raw_parts(start as *const Page, index(count)) })
     }
 
     /// TSC ticks in microseconds.
@@ -186,7 +194,7 @@ impl Env {
 
     /// TSC ticks in nanoseconds.
     pub const fn ns(&self, ticks: u64) -> u64 {
-        (ticks as u128 * 1_000_000 / self.khz as u128) as u64
+        (ticks / self.khz).saturating_mul(1_000_000).saturating_add(ticks % self.khz * 1_000_000 / self.khz)
     }
 
     /// Spins until `done` or the deadline.

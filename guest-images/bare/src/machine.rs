@@ -18,14 +18,6 @@ pub fn out8(port: u16, value: u8) {
     unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags)) };
 }
 
-/// Reads a byte from a port.
-pub fn in8(port: u16) -> u8 {
-    let value;
-    // SAFETY: as for `out8`.
-    unsafe { asm!("in al, dx", in("dx") port, out("al") value, options(nomem, nostack, preserves_flags)) };
-    value
-}
-
 /// Sends a byte to COM1. The VM's UART is always ready, so its line status is not read: that would double the exits.
 pub fn serial(byte: u8) {
     out8(COM1, byte);

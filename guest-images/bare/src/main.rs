@@ -22,7 +22,7 @@ use env::{Env, Failure, bad};
 #[unsafe(no_mangle)]
 extern "C" fn rust_main(cpu: u64) -> ! {
     if cpu != 0 {
-        smp::serve(cpu as usize);
+        smp::serve(bare_support::cast::index(cpu));
     }
     if let Err(failure) = first_cpu() {
         say!("BARE start FAIL cpu={} error=\"{}\"", failure.cpu, failure.what);

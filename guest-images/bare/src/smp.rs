@@ -1,6 +1,6 @@
 //! The other CPUs: start-up, and jobs that all CPUs run together.
 
-use crate::boot::{self, MAX_CPUS, TRAMPOLINE};
+use crate::boot::{self, MAX_CPUS, TRAMPOLINE_VECTOR};
 use crate::env::{Env, Failure, Page, bad};
 use crate::machine;
 use core::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
@@ -84,7 +84,7 @@ pub fn start(env: &'static Env) -> Result<(), Failure> {
         let come = || slot(cpu).done.load(Ordering::Acquire) != 0;
         env.apic.init(id);
         pause(env, 200);
-        env.apic.startup(id, (TRAMPOLINE >> 12) as u8);
+        env.apic.startup(id, TRAMPOLINE_VECTOR);
         env.wait(cpu, "did not start after INIT and SIPI", come)?;
     }
     Ok(())

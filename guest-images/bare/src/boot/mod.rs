@@ -11,6 +11,8 @@ pub const MAX_CPUS: usize = 64;
 pub const MAPPED_GIB: u64 = 16;
 /// Page (below 1 MiB) that holds the real-mode start-up code of the APs; its number is the SIPI vector.
 pub const TRAMPOLINE: u64 = 0x8000;
+/// The same page as a SIPI names it.
+pub const TRAMPOLINE_VECTOR: u8 = 8;
 /// Added to the number of a CPL-0 service in RAX, so that a UD2 of the compiler is not taken for a request.
 pub const SERVICE_MAGIC: u64 = 0x5350_4100;
 
@@ -35,6 +37,7 @@ pub struct CpuBlock {
     stack: UnsafeCell<[u8; BLOCK_SIZE - 2048 - 80 - TSS_SIZE - 16]>,
 }
 
+const _: () = assert!((TRAMPOLINE_VECTOR as u64) << 12 == TRAMPOLINE);
 const _: () = assert!(size_of::<CpuBlock>() == BLOCK_SIZE);
 
 // SAFETY: Rust touches only the atomics; the cells belong to the assembly of the one CPU that owns the block.

@@ -1,5 +1,7 @@
 //! Latencies in TSC ticks: a fixed-size log-linear histogram (8 steps per power of two, error below 13 %).
 
+use crate::cast::index;
+
 const STEPS: usize = 8;
 const BUCKETS: usize = 64 * STEPS;
 
@@ -27,7 +29,7 @@ impl Histogram {
     fn bucket(value: u64) -> usize {
         let v = value.max(STEPS as u64);
         let log = v.ilog2();
-        log as usize * STEPS + (v >> (log - 3)) as usize % STEPS
+        log as usize * STEPS + index(v >> (log - 3)) % STEPS
     }
 
     fn upper(bucket: usize) -> u64 {

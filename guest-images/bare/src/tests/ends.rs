@@ -3,10 +3,11 @@
 use crate::console::Line;
 use crate::env::{Env, Failure, Page, bad};
 use crate::{machine, say, smp};
+use bare_support::cast::index;
 
 fn culprit(env: &Env) -> Result<usize, Failure> {
     let cpu = env.cmdline.number("cpu", 0).map_err(|_| bad("cpu="))?;
-    if cpu < env.cpus as u64 { Ok(cpu as usize) } else { Err(bad("cpu= is no CPU")) }
+    if cpu < env.cpus as u64 { Ok(index(cpu)) } else { Err(bad("cpu= is no CPU")) }
 }
 
 pub fn triple(env: &Env, _: &mut Line) -> Result<bool, Failure> {

@@ -6,6 +6,7 @@
 use crate::console::Line;
 use crate::env::{Env, Failure, Page, bad};
 use crate::{machine, say, smp};
+use bare_support::cast::index;
 use core::sync::atomic::Ordering;
 
 struct Plan {
@@ -44,7 +45,7 @@ pub fn run(env: &Env, out: &mut Line) -> Result<bool, Failure> {
 
 fn job(env: &Env, cpu: usize, area: &'static [Page]) -> Result<(), Failure> {
     let plan = plan(env)?;
-    let count = plan.pages as usize;
+    let count = index(plan.pages);
     let (head, rest) = area.split_first().ok_or(bad("no page"))?;
     let first = if plan.shared { 0 } else { cpu * count };
     let range = rest.get(first..first + count).ok_or(bad("too few pages"))?;

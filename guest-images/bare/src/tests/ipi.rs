@@ -7,6 +7,7 @@ use crate::apic::Shorthand;
 use crate::console::Line;
 use crate::env::{Env, Failure, Page, bad};
 use crate::{machine, smp};
+use bare_support::cast::{apic_id, index};
 use bare_support::stats::Histogram;
 
 const PING: u8 = 0x50;
@@ -18,7 +19,7 @@ fn parameters(env: &Env) -> Result<(usize, u64), Failure> {
     if peer > last {
         return Err(bad("peer= is no CPU"));
     }
-    Ok((peer as usize, env.number("iterations", 1000, 1 << 32)?))
+    Ok((index(peer), env.number("iterations", 1000, 1 << 32)?))
 }
 
 pub fn run(env: &Env, out: &mut Line) -> Result<bool, Failure> {
@@ -51,7 +52,7 @@ fn ping_pong(env: &Env, cpu: usize, _: &'static [Page]) -> Result<(), Failure> {
     for i in 1..=iterations {
         if cpu == 0 {
             let sent = machine::tsc();
-            env.apic.ipi(peer as u32, PING);
+            env.apic.ipi(apic_id(peer), PING);
             waiter.until("waited in vain for the IPI of its peer", || count(0, PING) >= start + i)?;
             times.add(machine::tsc().saturating_sub(sent));
         } else {
@@ -98,7 +99,7 @@ fn modes(env: &Env, cpu: usize, _: &'static [Page]) -> Result<(), Failure> {
             smp::barrier(env, cpu)?;
             if turn == cpu {
                 match mode {
-                    0 => (0u32..).take(env.cpus).for_each(|to| env.apic.ipi(to, vector)),
+                    0 => (0..env.cpus).for_each(|to| env.apic.ipi(apic_id(to), vector)),
                     1 => env.apic.ipi_to(Shorthand::Others, vector),
                     2 => env.apic.ipi_to(Shorthand::All, vector),
                     _ => env.apic.ipi_to(Shorthand::Me, vector),

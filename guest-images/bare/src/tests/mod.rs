@@ -2,8 +2,10 @@
 
 mod counter;
 mod ends;
+mod fault;
 mod forever;
 mod ipi;
+mod litmus;
 mod pages;
 mod timer;
 mod touch;
@@ -25,6 +27,8 @@ pub const TESTS: &[(&str, Test)] = &[
     ("pages", pages::shared),
     ("private", pages::private),
     ("touch", touch::run),
+    ("fault", fault::run),
+    ("litmus", litmus::run),
     ("tsc", tsc::run),
     ("loop", forever::run),
     ("triple", ends::triple),

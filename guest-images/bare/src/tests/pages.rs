@@ -1,10 +1,12 @@
 //! `pages`: each of `pages=` pages is counted up by every CPU `rounds=` times under a lock in the page. The value
 //! is kept at both ends and in the middle of the page. Nobody may see one go down, or the three differ under the lock.
+//! `unlocked=1` leaves the lock out, to see the test fail.
 //! `private`: each CPU writes `pages=` pages of its own, `rounds=` times, and must find what it wrote before.
 
 use crate::console::Line;
 use crate::env::{Env, Failure, Page, bad};
 use crate::{machine, smp};
+use bare_support::cast::index;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 /// Words of a page that hold its value.
@@ -40,7 +42,7 @@ pub fn shared(env: &Env, out: &mut Line) -> Result<bool, Failure> {
     let expected = plan.rounds * env.cpus as u64;
     let wrong = pages
         .iter()
-        .take(plan.pages as usize)
+        .take(index(plan.pages))
         .filter(|p| COPIES.iter().any(|&w| p.0[w].load(Ordering::SeqCst) != expected))
         .count();
     let down: u64 = smp::reports(env, 0).sum();
@@ -56,10 +58,11 @@ pub fn shared(env: &Env, out: &mut Line) -> Result<bool, Failure> {
 
 fn count_up(env: &Env, cpu: usize, area: &'static [Page]) -> Result<(), Failure> {
     let plan = plan(env)?;
-    let count = plan.pages as usize;
+    let count = index(plan.pages);
     let (pages, notes) = area.split_at_checked(count).ok_or(bad("too few pages"))?;
     let mine = notes.len() / env.cpus;
     let notes = notes.get(cpu * mine..(cpu + 1) * mine).ok_or(bad("too few pages"))?;
+    let locked = env.cmdline.text("unlocked").is_none();
     let (mut down, mut torn) = (0, 0);
     smp::barrier(env, cpu)?;
     // Each CPU starts elsewhere, so that they meet in all orders.
@@ -68,7 +71,9 @@ fn count_up(env: &Env, cpu: usize, area: &'static [Page]) -> Result<(), Failure>
         let (page, seen) = (&pages[i], &notes[i / 512].0[i % 512]);
         let glimpse = page.first().load(Ordering::Acquire);
         down += u64::from(glimpse < seen.load(Ordering::Relaxed));
-        lock(env, cpu, &page.0[LOCK])?;
+        if locked {
+            lock(env, cpu, &page.0[LOCK])?;
+        }
         let value = page.first().load(Ordering::Relaxed);
         down += u64::from(value < glimpse);
         torn += u64::from(COPIES.iter().any(|&w| page.0[w].load(Ordering::Relaxed) != value));
@@ -97,7 +102,7 @@ pub fn private(env: &Env, out: &mut Line) -> Result<bool, Failure> {
 
 fn rewrite(env: &Env, cpu: usize, area: &'static [Page]) -> Result<(), Failure> {
     let plan = plan(env)?;
-    let count = plan.pages as usize;
+    let count = index(plan.pages);
     let pages = area.get(cpu * count..(cpu + 1) * count).ok_or(bad("too few pages"))?;
     let mut wrong = 0;
     smp::barrier(env, cpu)?;

@@ -4,6 +4,7 @@
 use crate::console::Line;
 use crate::env::{Env, Failure, Page, bad};
 use crate::{machine, smp};
+use bare_support::cast::index;
 use core::sync::atomic::Ordering;
 
 struct Plan {
@@ -15,7 +16,7 @@ struct Plan {
 
 fn plan(env: &Env) -> Result<Plan, Failure> {
     let cpu = |key, default| match env.cmdline.number(key, default) {
-        Ok(cpu) if cpu < env.cpus as u64 => Ok(cpu as usize),
+        Ok(cpu) if cpu < env.cpus as u64 => Ok(index(cpu)),
         _ => Err(bad("writer= or reader= is no CPU")),
     };
     let words = env.number("words", 512, 512)?;
@@ -23,7 +24,7 @@ fn plan(env: &Env) -> Result<Plan, Failure> {
         mib: env.number("mib", 16, 1 << 14)?,
         writer: cpu("writer", 0)?,
         reader: cpu("reader", env.cpus as u64 - 1)?,
-        step: 512 / words as usize,
+        step: 512 / index(words),
     })
 }
 
