@@ -1,2 +1,9 @@
 //! The spanvm command.
-fn main() {}
+
+use clap::Parser;
+
+fn main() {
+    let code = vmm::cli::run(vmm::cli::Cli::parse());
+    // Threads that block in a read, or in a guest that could not be stopped, must not hold up the end.
+    std::process::exit(code.into());
+}

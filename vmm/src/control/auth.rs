@@ -27,18 +27,20 @@ pub const HANDSHAKE: Duration = Duration::from_secs(10);
 #[derive(Debug, thiserror::Error)]
 pub enum AuthError {
     /// A secret is needed for this address, and none was given.
-    #[error(
-        "{0} is not a loopback address: give --secret-file FILE, with the same secret on every host"
-    )]
+    #[error("{0} is not a loopback address: give --secret-file FILE, with the same secret on every host")]
     SecretNeeded(SocketAddr),
     /// The peer speaks something else.
     #[error("what answers there is not a spanvm node")]
     NotSpanvm,
     /// The peer is of another version.
-    #[error("it speaks version {0} of the control protocol, this is version {VERSION}: install the same spanvm on every host")]
+    #[error(
+        "it speaks version {0} of the control protocol, this is version {VERSION}: install the same spanvm on every host"
+    )]
     Version(u32),
     /// The peer wants a secret, and we have none.
-    #[error("it asks for a secret: give --secret-file FILE with the one that `spanvm node` there was started with")]
+    #[error(
+        "it asks for a secret: give --secret-file FILE with the one that `spanvm node` there was started with"
+    )]
     SecretAsked,
     /// The peer did not prove that it has our secret.
     #[error("it does not have the same secret: compare the files given to --secret-file on both hosts")]
@@ -89,7 +91,11 @@ pub fn check_address(addr: SocketAddr, secret: Option<&Secret>) -> Result<(), Au
 ///
 /// # Errors
 /// The peer is not who it should be, or does not answer within [`HANDSHAKE`].
-pub async fn connect(stream: &mut TcpStream, secret: Option<&Secret>, name: &str) -> Result<String, AuthError> {
+pub async fn connect(
+    stream: &mut TcpStream,
+    secret: Option<&Secret>,
+    name: &str,
+) -> Result<String, AuthError> {
     check_address(stream.peer_addr().map_err(CodecError::from)?, secret)?;
     tokio::time::timeout(HANDSHAKE, call(stream, secret, name))
         .await
@@ -132,7 +138,11 @@ async fn call(stream: &mut TcpStream, secret: Option<&Secret>, name: &str) -> Re
 ///
 /// # Errors
 /// The caller is refused (and told so), or does not answer within [`HANDSHAKE`].
-pub async fn accept(stream: &mut TcpStream, secret: Option<&Secret>, name: &str) -> Result<String, AuthError> {
+pub async fn accept(
+    stream: &mut TcpStream,
+    secret: Option<&Secret>,
+    name: &str,
+) -> Result<String, AuthError> {
     tokio::time::timeout(HANDSHAKE, answer(stream, secret, name))
         .await
         .unwrap_or(Err(CodecError::Timeout(HANDSHAKE).into()))
@@ -222,8 +232,13 @@ mod tests {
         s.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await.unwrap();
         assert!(matches!(connect(&mut c, None, "c").await, Err(AuthError::NotSpanvm)));
         let (mut c, mut s) = pair().await;
-        let challenge =
-            Challenge { magic: MAGIC, version: 99, name: String::new(), nonce: [0; 32], secret_required: false };
+        let challenge = Challenge {
+            magic: MAGIC,
+            version: 99,
+            name: String::new(),
+            nonce: [0; 32],
+            secret_required: false,
+        };
         codec::send(&mut s, &challenge).await.unwrap();
         assert!(matches!(connect(&mut c, None, "c").await, Err(AuthError::Version(99))));
     }
@@ -231,7 +246,9 @@ mod tests {
     #[test]
     fn only_loopback_goes_without() {
         let secret = Secret::random();
-        for (addr, fine) in [("127.0.0.1:1", true), ("[::1]:1", true), ("10.0.0.1:1", false), ("0.0.0.0:1", false)] {
+        for (addr, fine) in
+            [("127.0.0.1:1", true), ("[::1]:1", true), ("10.0.0.1:1", false), ("0.0.0.0:1", false)]
+        {
             assert_eq!(check_address(addr.parse().unwrap(), None).is_ok(), fine, "{addr}");
             assert!(check_address(addr.parse().unwrap(), Some(&secret)).is_ok());
         }

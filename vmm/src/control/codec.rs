@@ -1,8 +1,8 @@
 //! The only place that knows how control messages look on the wire: a little-endian `u32` length, then that
 //! many bytes of bincode. Nothing else may depend on the format.
 
-use serde::Serialize;
-use serde::de::DeserializeOwned;
+use serde::de::{self, DeserializeOwned};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::io;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -11,6 +11,24 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 pub const MAX_FRAME: usize = 4 << 20;
 /// Longest frame before the peer has proven who it is, bytes.
 pub const MAX_HANDSHAKE: usize = 1024;
+
+/// A value that travels as JSON inside a message: for types whose serde attributes (tags, flattening, skipped
+/// fields) bincode can't decode, and which the API shows as JSON anyway.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Json<T>(pub T);
+
+impl<T: Serialize> Serialize for Json<T> {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        serde_json::to_string(&self.0).map_err(serde::ser::Error::custom)?.serialize(to)
+    }
+}
+
+impl<'de, T: DeserializeOwned> Deserialize<'de> for Json<T> {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Json<T>, D::Error> {
+        let text = String::deserialize(from)?;
+        serde_json::from_str(&text).map(Json).map_err(de::Error::custom)
+    }
+}
 
 /// Why a message could not be sent or received.
 #[derive(Debug, thiserror::Error)]
@@ -54,8 +72,8 @@ pub fn encode<T: Serialize>(message: &T, limit: usize) -> Result<Vec<u8>, CodecE
 /// Anything else than exactly one message.
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CodecError> {
     let config = bincode::config::standard().with_limit::<MAX_FRAME>();
-    let (message, used) = bincode::serde::decode_from_slice(bytes, config)
-        .map_err(|e| CodecError::Malformed(e.to_string()))?;
+    let (message, used) =
+        bincode::serde::decode_from_slice(bytes, config).map_err(|e| CodecError::Malformed(e.to_string()))?;
     if used != bytes.len() {
         return Err(CodecError::Malformed(format!("{} bytes too many", bytes.len() - used)));
     }

@@ -3,8 +3,9 @@
 //! The lock is held by the coordinator's process, so the kernel releases it however that process ends. A
 //! folder whose lock is free is left over from a process that was killed, and whoever meets it removes it.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -48,6 +49,13 @@ pub fn socket(root: &Path, vm: &str) -> PathBuf {
     root.join(vm).join("api.sock")
 }
 
+/// Where the log of a VM that failed is kept.
+pub fn kept_log(folder: &Path) -> PathBuf {
+    let mut path = folder.as_os_str().to_owned();
+    path.push(".log");
+    PathBuf::from(path)
+}
+
 /// A VM's folder, locked as long as this lives, removed when it is dropped.
 #[derive(Debug)]
 pub struct RunDir {
@@ -80,10 +88,8 @@ impl RunDir {
                 Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
                 Err(e) => return Err(io(&file)(e)),
             };
-            match lock.try_lock() {
-                Ok(()) => {}
-                Err(TryLockError::WouldBlock) => return Err(RunDirError::Taken(vm.to_string())),
-                Err(TryLockError::Error(e)) => return Err(io(&file)(e)),
+            if !try_lock(&lock).map_err(io(&file))? {
+                return Err(RunDirError::Taken(vm.to_string()));
             }
             if !same_file(&lock, &file) {
                 continue;
@@ -109,11 +115,30 @@ impl RunDir {
     pub fn log(&self) -> PathBuf {
         self.path.join("log")
     }
+
+    /// Keeps the log, unless it is empty, as `NAME.log` beside the folder, which is about to go.
+    pub fn keep_log(&self) {
+        if fs::metadata(self.log()).is_ok_and(|meta| meta.len() > 0) {
+            let _ = fs::rename(self.log(), kept_log(&self.path));
+        }
+    }
 }
 
 impl Drop for RunDir {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.path);
+    }
+}
+
+/// Takes the lock if it is free.
+fn try_lock(file: &File) -> io::Result<bool> {
+    // SAFETY: flock only takes a descriptor, which `file` keeps open for the call (flock(2)).
+    match unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } {
+        0 => Ok(true),
+        _ => match io::Error::last_os_error() {
+            e if e.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            e => Err(e),
+        },
     }
 }
 
@@ -143,14 +168,14 @@ pub fn remove_stale(root: &Path, vm: &str) -> bool {
         Ok(lock) => lock,
         Err(_) => return true,
     };
-    match lock.try_lock() {
-        Ok(()) => {
+    match try_lock(&lock) {
+        Ok(true) => {
             if same_file(&lock, &path.join("lock")) {
                 let _ = fs::remove_dir_all(&path);
             }
             true
         }
-        Err(_) => false,
+        Ok(false) | Err(_) => false,
     }
 }
 

@@ -1,7 +1,6 @@
 //! What people and tools see of a VM: the JSON of the API, and the rows of the tables.
 
 use crate::member::MemberStats;
-use crate::member::VcpuStats;
 use dsm::addr::PAGE_SIZE;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
@@ -144,7 +143,7 @@ impl FaultCounts {
 impl MemberInfo {
     /// Fills in what comes from a member's counters.
     pub fn count(&mut self, stats: MemberStats) {
-        let sum = |field: fn(&VcpuStats) -> u64| stats.vcpus.iter().map(field).sum::<u64>();
+        let sum = |field| super::shared::total(&stats, field);
         self.ipis_local = sum(|v| v.ipis_local);
         self.ipis_remote = sum(|v| v.ipis_remote);
         self.exits = sum(|v| v.exits);

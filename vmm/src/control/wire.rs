@@ -26,6 +26,7 @@
 //! Whoever finds its connection closed ends at once: a launcher that dies takes its VM along unless it sent
 //! `Detach`, a coordinator that dies takes its members along.
 
+use super::codec::Json;
 use super::end::End;
 use super::view::VmSummary;
 use crate::config::VmSpec;
@@ -50,8 +51,8 @@ pub struct Inherit {
     pub host: String,
     /// Address at which the other members reach this host, if that is known already.
     pub bind: Option<IpAddr>,
-    /// The process survives the one that spawned it when told so (`Detach`).
-    pub may_detach: bool,
+    /// Be killed when the process that spawned this one ends.
+    pub die_with_parent: bool,
 }
 
 /// What a child process is.
@@ -136,9 +137,11 @@ pub enum ToMember {
         silence: Duration,
     },
     /// Connect to the others and set everything up. The plan's secret is empty: the member derives it.
-    Join(Box<MemberPlan>),
+    Join(Json<Box<MemberPlan>>),
     /// Let the guest run.
     Run,
+    /// The coordinator is there; sent when it has nothing else to say.
+    Ping,
     /// Report; also the heartbeat.
     Stats {
         /// Number of the question.
@@ -176,7 +179,7 @@ pub enum FromMember {
         /// Number of the question.
         id: u64,
         /// Counters.
-        stats: Box<MemberStats>,
+        stats: Json<Box<MemberStats>>,
     },
     /// Answer to `Stop`; nothing follows.
     Stopped,
@@ -218,7 +221,7 @@ pub enum NodeReply {
     /// What follows comes from the other end that was asked for.
     Relay,
     /// The VMs whose coordinator is here.
-    Vms(Vec<VmSummary>),
+    Vms(Json<Vec<VmSummary>>),
     /// What the host can do, or why it can't.
     Facts(Result<Box<HostFacts>, String>),
     /// No.

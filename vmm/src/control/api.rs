@@ -1,0 +1,167 @@
+//! HTTP and JSON over the VM's Unix socket, for tools and for our own command line.
+//!
+//! | request | answer |
+//! |---|---|
+//! | `GET /vm` | [`super::view::VmInfo`] with fresh counters |
+//! | `GET /vm/summary` | [`super::view::VmSummary`] |
+//! | `GET /vm/console?follow=true` | what the serial console has put out; with `follow`, until it closes |
+//! | `POST /vm/console/input` | types the body at the serial console |
+//! | `POST /vm/stop` | ends the VM; body `{"by": "who", "force": false}` |
+//!
+//! Errors are `{"error": "..."}` with a fitting status. Who can open the socket can do all of it: the folder is
+//! readable by its owner only.
+
+use super::end::End;
+use super::shared::Shared;
+use axum::body::{Body, Bytes};
+use axum::extract::{DefaultBodyLimit, Query, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use hyper::body::Frame;
+use serde::{Deserialize, Serialize};
+use std::convert::Infallible;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+use tokio::net::UnixListener;
+use tokio::sync::mpsc;
+
+/// Longest input that one request can type, bytes.
+const MAX_INPUT: usize = 64 << 10;
+/// Longest wait for the guest to take input.
+const TYPE_LIMIT: Duration = Duration::from_secs(5);
+
+/// Serves the API from now on.
+///
+/// # Errors
+/// The socket can't be made.
+pub fn serve(path: &Path, shared: Arc<Shared>) -> io::Result<tokio::task::JoinHandle<()>> {
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    let router = router(shared);
+    Ok(tokio::spawn(async move {
+        if let Err(e) = axum::serve(listener, router).await {
+            tracing::error!("API: {e}");
+        }
+    }))
+}
+
+fn router(shared: Arc<Shared>) -> Router {
+    Router::new()
+        .route("/vm", get(info))
+        .route("/vm/summary", get(summary))
+        .route("/vm/console", get(console))
+        .route("/vm/console/input", post(input))
+        .route("/vm/stop", post(stop))
+        .fallback(|| async { Refusal(StatusCode::NOT_FOUND, "no such resource".into()) })
+        .layer(DefaultBodyLimit::max(MAX_INPUT))
+        .with_state(shared)
+}
+
+/// The body of an error.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// What is wrong.
+    pub error: String,
+}
+
+struct Refusal(StatusCode, String);
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        (self.0, Json(ErrorBody { error: self.1 })).into_response()
+    }
+}
+
+async fn info(State(shared): State<Arc<Shared>>) -> Response {
+    Json(shared.fresh_info().await).into_response()
+}
+
+async fn summary(State(shared): State<Arc<Shared>>) -> Response {
+    Json(shared.summary()).into_response()
+}
+
+/// Body of `POST /vm/stop`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct StopBody {
+    /// Who wants it, for the record.
+    pub by: String,
+    /// Kept for the time when the guest can be asked to power off: today both end the VM at once.
+    pub force: bool,
+}
+
+async fn stop(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Response, Refusal> {
+    let body: StopBody = if body.is_empty() {
+        StopBody::default()
+    } else {
+        serde_json::from_slice(&body).map_err(|e| Refusal(StatusCode::BAD_REQUEST, e.to_string()))?
+    };
+    let by = if body.by.is_empty() { "the API".into() } else { body.by };
+    shared.stop(End::Stopped { by });
+    Ok((StatusCode::ACCEPTED, Json(serde_json::json!({ "stopping": true }))).into_response())
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct ConsoleQuery {
+    follow: bool,
+}
+
+async fn console(
+    State(shared): State<Arc<Shared>>,
+    Query(query): Query<ConsoleQuery>,
+) -> Result<Response, Refusal> {
+    let console = shared.console().ok_or_else(no_console)?;
+    let (to, from) = mpsc::channel::<Bytes>(4);
+    tokio::task::spawn_blocking(move || {
+        let mut reader = console.reader();
+        let wait = if query.follow { Duration::from_millis(250) } else { Duration::ZERO };
+        loop {
+            let chunk = reader.read(64 << 10, wait);
+            let nothing = chunk.bytes.is_empty();
+            if (!nothing && to.blocking_send(chunk.bytes.into()).is_err()) || to.is_closed() {
+                return;
+            }
+            if chunk.closed || (nothing && !query.follow) {
+                return;
+            }
+        }
+    });
+    Ok(([("content-type", "application/octet-stream")], Body::new(Pieces(from))).into_response())
+}
+
+async fn input(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Response, Refusal> {
+    let console = shared.console().ok_or_else(no_console)?;
+    let typed = tokio::task::spawn_blocking(move || console.input(&body, TYPE_LIMIT)).await;
+    match typed {
+        Ok(Ok(())) => Ok(Json(serde_json::json!({ "typed": true })).into_response()),
+        Ok(Err(e)) => Err(Refusal(StatusCode::CONFLICT, e.to_string())),
+        Err(e) => Err(Refusal(StatusCode::INTERNAL_SERVER_ERROR, e.to_string())),
+    }
+}
+
+fn no_console() -> Refusal {
+    Refusal(StatusCode::SERVICE_UNAVAILABLE, "the VM has no console yet: it is still starting".into())
+}
+
+/// A response body that is as long as the channel lives.
+struct Pieces(mpsc::Receiver<Bytes>);
+
+impl hyper::body::Body for Pieces {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        self.0.poll_recv(cx).map(|piece| piece.map(|piece| Ok(Frame::data(piece))))
+    }
+}

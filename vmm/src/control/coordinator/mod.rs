@@ -1,0 +1,338 @@
+//! The coordinator: member 0's process, which brings the members together, watches over them, and ends the VM
+//! everywhere when it is over. [`start`] is the way up, [`watch`] the time in between and what goes wrong,
+//! [`link`] a connection to a member.
+
+pub mod link;
+pub mod start;
+pub mod watch;
+
+use super::api;
+use super::codec::{self, CodecError};
+use super::end::End;
+use super::host::Host;
+use super::member_task::{STOP_DEADLINE, Slot};
+use super::rundir::RunDir;
+use super::shared::Shared;
+use super::spawn::ChildProcess;
+use super::wire::{FromCoordinator, ImageKind, Inherit, ToCoordinator};
+use crate::config::{VmSpec, files};
+use crate::devices::ConsoleHandle;
+use crate::member::BootImages;
+use link::{Inbound, Link, Stream};
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+
+/// Longest wait for the next piece of a launch request.
+const LAUNCH_PIECE: Duration = Duration::from_secs(30);
+/// Longest wait for a slow reader of the console when the VM has ended.
+const DRAIN: Duration = Duration::from_secs(2);
+
+/// Starts processes for members on this host.
+pub trait Spawner: Send + Sync + 'static {
+    /// A process (or what stands for one) whose first message will be an `Inherit`.
+    ///
+    /// # Errors
+    /// It can't be started.
+    fn spawn(&self) -> io::Result<(Box<dyn Stream>, Option<ChildProcess>)>;
+}
+
+/// Spawns `spanvm member`.
+#[derive(Clone, Copy, Debug)]
+pub struct Processes;
+
+impl Spawner for Processes {
+    fn spawn(&self) -> io::Result<(Box<dyn Stream>, Option<ChildProcess>)> {
+        let (child, stream) = ChildProcess::spawn()?;
+        stream.set_nonblocking(true)?;
+        Ok((Box::new(tokio::net::UnixStream::from_std(stream)?), Some(child)))
+    }
+}
+
+/// What a coordinator works with.
+pub struct Surroundings {
+    /// This host.
+    pub host: Arc<dyn Host>,
+    /// How members on this host are started.
+    pub spawner: Arc<dyn Spawner>,
+    /// The runtime directory.
+    pub root: PathBuf,
+    /// Send this process's standard error to the VM's log.
+    pub redirect_log: bool,
+}
+
+impl std::fmt::Debug for Surroundings {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Surroundings").field("root", &self.root).finish_non_exhaustive()
+    }
+}
+
+/// Everything the coordinator knows while it brings a VM up and watches over it.
+struct Coordinator {
+    spec: VmSpec,
+    inherit: Inherit,
+    host: Arc<dyn Host>,
+    spawner: Arc<dyn Spawner>,
+    slot: Slot,
+    shared: Arc<Shared>,
+    launcher: Launcher,
+    links: Vec<Link>,
+    inbox: mpsc::Receiver<Inbound>,
+    inbox_tx: mpsc::Sender<Inbound>,
+    counts: mpsc::Receiver<oneshot::Sender<()>>,
+}
+
+/// The sending side of the launcher's connection; what is said after it has gone is lost, as it should be.
+#[derive(Clone)]
+struct Launcher(mpsc::Sender<FromCoordinator>);
+
+impl Launcher {
+    async fn say(&self, message: FromCoordinator) {
+        let _ = self.0.send(message).await;
+    }
+
+    async fn progress(&self, text: impl Into<String>) {
+        let text = text.into();
+        tracing::info!("{text}");
+        self.say(FromCoordinator::Progress(text)).await;
+    }
+}
+
+/// Serves one launcher: receives a VM, runs it to its end, and says how it ended.
+pub async fn run(stream: Box<dyn Stream>, inherit: Inherit, around: Surroundings) -> End {
+    let (mut read, mut write) = tokio::io::split(stream);
+    let (out, mut queue) = mpsc::channel::<FromCoordinator>(64);
+    let writer = tokio::spawn(async move {
+        while let Some(message) = queue.recv().await {
+            if codec::send(&mut write, &message).await.is_err() {
+                return;
+            }
+        }
+    });
+    let launcher = Launcher(out);
+    let end = match receive(&mut read).await {
+        Ok(request) => launched(request, read, inherit, around, &launcher).await,
+        Err(e) => End::Failed(format!("the launch request did not arrive: {e}")),
+    };
+    launcher.say(FromCoordinator::Ended(end.clone())).await;
+    drop(launcher);
+    let _ = tokio::time::timeout(DRAIN, writer).await;
+    end
+}
+
+struct Request {
+    spec: VmSpec,
+    images: BootImages,
+    console: bool,
+}
+
+/// Receives a launch request with its images.
+async fn receive(read: &mut (impl tokio::io::AsyncRead + Unpin)) -> Result<Request, CodecError> {
+    let malformed = |what: &str| CodecError::Malformed(what.to_string());
+    let first = codec::within(LAUNCH_PIECE, codec::recv(read)).await?;
+    let ToCoordinator::Launch { spec, kernel_len, initrd_len, console } = first else {
+        return Err(malformed("no launch request"));
+    };
+    let length = |len: u64| match usize::try_from(len) {
+        Ok(len) if len as u64 <= files::MAX_IMAGE => Ok(len),
+        _ => Err(malformed("an image of absurd length")),
+    };
+    let kernel_len = length(kernel_len)?;
+    let initrd_len = initrd_len.map(length).transpose()?;
+    let mut kernel = Vec::new();
+    let mut initrd = Vec::new();
+    while kernel.len() < kernel_len || initrd.len() < initrd_len.unwrap_or(0) {
+        match codec::within(LAUNCH_PIECE, codec::recv(read)).await? {
+            ToCoordinator::Image(_, piece) if piece.is_empty() => return Err(malformed("an empty piece")),
+            ToCoordinator::Image(ImageKind::Kernel, piece) => kernel.extend(piece),
+            ToCoordinator::Image(ImageKind::Initrd, piece) => initrd.extend(piece),
+            _ => return Err(malformed("no piece of an image")),
+        }
+        if kernel.len() > kernel_len || initrd.len() > initrd_len.unwrap_or(0) {
+            return Err(malformed("more of an image than announced"));
+        }
+    }
+    let images =
+        BootImages { kernel, initrd: initrd_len.is_some().then_some(initrd), cmdline: spec.cmdline.clone() };
+    Ok(Request { spec: *spec, images, console })
+}
+
+async fn launched(
+    request: Request,
+    read: impl tokio::io::AsyncRead + Send + Unpin + 'static,
+    inherit: Inherit,
+    around: Surroundings,
+    launcher: &Launcher,
+) -> End {
+    let Request { spec, images, console } = request;
+    if crate::config::resolve::check_name(&spec.name).is_err() || spec.members.is_empty() {
+        return End::BadInput("the launch request names no VM or no member".into());
+    }
+    let rundir = match RunDir::claim(&around.root, &spec.name) {
+        Ok(rundir) => rundir,
+        Err(e) => return End::BadInput(e.to_string()),
+    };
+    if around.redirect_log {
+        if let Err(e) = super::child::log_to(&rundir.log()) {
+            launcher.progress(format!("no log: {e}")).await;
+        }
+    }
+    let slot = Slot::default();
+    let (stop_tx, mut stops) = mpsc::channel(4);
+    let (count_tx, counts) = mpsc::channel(16);
+    let shared = Arc::new(Shared::new(&spec, &inherit.host, slot.clone(), stop_tx, count_tx));
+    let api = match api::serve(&rundir.socket(), shared.clone()) {
+        Ok(api) => api,
+        Err(e) => return End::Failed(format!("{}: {e}", rundir.socket().display())),
+    };
+    follow_launcher(read, shared.clone());
+    super::child::on_termination({
+        let shared = shared.clone();
+        move || shared.stop(End::Stopped { by: "a signal to the coordinator's process".into() })
+    });
+    let (inbox_tx, inbox) = mpsc::channel(256);
+    let mut coordinator = Coordinator {
+        host: around.host,
+        spawner: around.spawner,
+        slot: slot.clone(),
+        shared: shared.clone(),
+        launcher: launcher.clone(),
+        links: Vec::new(),
+        inbox,
+        inbox_tx,
+        counts,
+        spec,
+        inherit,
+    };
+    let ending = Arc::new(AtomicBool::new(false));
+    let pump = console.then(|| pump_console(slot, launcher.0.clone(), ending.clone()));
+    let end = tokio::select! {
+        end = coordinator.live(images) => end,
+        Some(end) = stops.recv() => end,
+    };
+    tracing::info!("ending: {end}");
+    shared.ending(&end);
+    coordinator.finish(&end).await;
+    ending.store(true, Ordering::Release);
+    if let Some(pump) = pump {
+        let _ = tokio::time::timeout(DRAIN, pump).await;
+    }
+    api.abort();
+    if !end.is_regular() {
+        rundir.keep_log();
+    }
+    end
+}
+
+impl Coordinator {
+    /// From nothing to the end of the guest.
+    async fn live(&mut self, images: BootImages) -> End {
+        match self.start(images).await {
+            Ok(()) => self.watch().await,
+            Err(end) => end,
+        }
+    }
+
+    /// Ends the guest on every member, then their processes.
+    async fn finish(&mut self, end: &End) {
+        for link in &self.links {
+            link.order(super::wire::ToMember::Stop { reason: end.to_string() });
+        }
+        let mut open: Vec<_> = self.links.iter().map(|link| link.id).collect();
+        let deadline = tokio::time::sleep(STOP_DEADLINE + Duration::from_secs(1));
+        tokio::pin!(deadline);
+        while !open.is_empty() {
+            tokio::select! {
+                Some((id, message)) = self.inbox.recv() => {
+                    use super::wire::FromMember::{Failed, Stopped, Unfit};
+                    if matches!(message, Err(_) | Ok(Stopped | Unfit { .. } | Failed { .. })) {
+                        open.retain(|open| *open != id);
+                    }
+                }
+                () = &mut deadline => {
+                    for id in &open {
+                        tracing::error!("{id} did not stop in time and is killed");
+                    }
+                    break;
+                }
+            }
+        }
+        let grace = if open.is_empty() { Duration::from_secs(3) } else { Duration::ZERO };
+        let goodbyes: Vec<_> = self.links.drain(..).map(|link| tokio::spawn(link.finish(grace))).collect();
+        for goodbye in goodbyes {
+            let _ = goodbye.await;
+        }
+    }
+}
+
+/// Takes what the launcher says while the VM starts and runs.
+fn follow_launcher(mut read: impl tokio::io::AsyncRead + Send + Unpin + 'static, shared: Arc<Shared>) {
+    tokio::spawn(async move {
+        loop {
+            match codec::recv(&mut read).await {
+                Ok(ToCoordinator::Input(bytes)) => type_in(&shared, bytes).await,
+                Ok(ToCoordinator::Detach) => return,
+                Ok(ToCoordinator::Stop { by }) => shared.stop(End::Stopped { by }),
+                Ok(message) => {
+                    tracing::error!("the launcher sent something unexpected: {message:?}");
+                    return shared.stop(End::Failed("the launcher sent something unexpected".into()));
+                }
+                Err(e) => {
+                    tracing::info!("launcher: {e}");
+                    return shared.stop(End::Stopped { by: "the launcher is gone".into() });
+                }
+            }
+        }
+    });
+}
+
+async fn type_in(shared: &Arc<Shared>, bytes: Vec<u8>) {
+    let Some(console) = shared.console() else { return };
+    let typed = tokio::task::spawn_blocking(move || console.input(&bytes, Duration::from_secs(1)));
+    if let Ok(Err(e)) = typed.await {
+        tracing::warn!("console: {e}");
+    }
+}
+
+/// Copies the console's output to the launcher from a thread of its own; a launcher that does not read makes
+/// this reader fall behind, never the guest.
+fn pump_console(
+    slot: Slot,
+    to: mpsc::Sender<FromCoordinator>,
+    ending: Arc<AtomicBool>,
+) -> tokio::task::JoinHandle<()> {
+    tokio::task::spawn_blocking(move || {
+        let mut reader = None;
+        loop {
+            let over = ending.load(Ordering::Acquire);
+            let Some(reader) = reader.as_mut() else {
+                reader = slot
+                    .get()
+                    .and_then(|guest| guest.console())
+                    .map(|console: ConsoleHandle| console.reader());
+                if reader.is_none() {
+                    if over || to.is_closed() {
+                        return;
+                    }
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                continue;
+            };
+            let chunk = reader.read(64 << 10, Duration::from_millis(100));
+            let done = chunk.closed || (over && chunk.bytes.is_empty());
+            if chunk.lost > 0 {
+                let note = format!("\r\n[{} bytes of console output lost]\r\n", chunk.lost);
+                let _ = to.blocking_send(FromCoordinator::Console(note.into_bytes()));
+            }
+            if !chunk.bytes.is_empty() && to.blocking_send(FromCoordinator::Console(chunk.bytes)).is_err() {
+                return;
+            }
+            if done {
+                return;
+            }
+        }
+    })
+}

@@ -1,0 +1,262 @@
+//! The way up: connect, prepare, compare, plan, join, load, run. Every wait has a deadline, and the error names
+//! who did not answer.
+
+use super::link::{Link, Stream};
+use super::{Coordinator, watch};
+use crate::config::plan;
+use crate::config::spec::DiskSpec;
+use crate::control::codec::{self, Json};
+use crate::control::end::End;
+use crate::control::secret::Secret;
+use crate::control::spawn::ChildProcess;
+use crate::control::wire::{FromCoordinator, FromMember, Inherit, NodeRequest, Role, ToMember};
+use crate::control::{fit, member_task, node_client};
+use crate::devices::DeviceSpec;
+use crate::member::{BootImages, HostFacts, MemberPlan};
+use crate::topology::Topology;
+use dsm::addr::MemberId;
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+use tokio::time::timeout;
+
+/// What `Ready` says.
+struct Ready {
+    host: String,
+    pid: u32,
+    facts: HostFacts,
+    addr: SocketAddr,
+}
+
+impl Coordinator {
+    /// Brings the VM up until the guest runs.
+    pub(super) async fn start(&mut self, images: BootImages) -> Result<(), End> {
+        let limit = self.spec.start_timeout;
+        let bind = self.connect_all().await?;
+        let nonce = rand::random();
+        for link in &self.links {
+            link.order(ToMember::Prepare {
+                vm: self.spec.name.clone(),
+                me: link.id,
+                nonce,
+                disks: self.disks_of(link.id),
+                bind: if link.id == MemberId(0) { bind } else { None },
+                silence: watch::SILENCE,
+            });
+        }
+        let ready = self
+            .gather("prepare", limit, |message| match message {
+                FromMember::Ready { host, pid, facts, addr } => Ok(Ready { host, pid, facts: *facts, addr }),
+                other => Err(other),
+            })
+            .await?;
+        let common = self.compare(&ready).await?;
+        let topology = self.topology(&ready);
+        self.shared.placed(&topology);
+        for link in &self.links {
+            let plan = MemberPlan {
+                vm: self.spec.name.clone(),
+                me: link.id,
+                topology: topology.clone(),
+                secret: None,
+                cpuid: common.cpuid.clone(),
+                tsc_khz: common.tsc_khz,
+                devices: self.devices(),
+                pages: self.spec.pages.clone(),
+                deadline: limit,
+            };
+            link.order(ToMember::Join(Json(Box::new(plan))));
+        }
+        // The members' own deadline is `limit`, and their errors say more than ours would.
+        let grace = limit + Duration::from_secs(5);
+        self.gather("join", grace, |message| match message {
+            FromMember::Joined => Ok(()),
+            other => Err(other),
+        })
+        .await?;
+        self.launcher.progress(format!("{} joined", self.who())).await;
+        self.load(images, limit).await?;
+        for link in &self.links {
+            link.order(ToMember::Run);
+        }
+        self.gather("start the guest", limit, |message| match message {
+            FromMember::Started => Ok(()),
+            other => Err(other),
+        })
+        .await?;
+        self.shared.running();
+        let (pid, host) = (std::process::id(), self.inherit.host.clone());
+        self.launcher.say(FromCoordinator::Running { pid, host }).await;
+        Ok(())
+    }
+
+    fn who(&self) -> String {
+        match self.links.len() {
+            1 => "1 member".into(),
+            n => format!("{n} members"),
+        }
+    }
+
+    fn disks_of(&self, member: MemberId) -> Vec<DiskSpec> {
+        self.spec.disks.iter().filter(|disk| disk.member == member.0).cloned().collect()
+    }
+
+    /// The serial port, then disks, rng and console in a fixed order: the guest's names follow it.
+    fn devices(&self) -> Vec<DeviceSpec> {
+        let spec = &self.spec;
+        let serial = DeviceSpec::Serial { member: MemberId(0), log: None };
+        let disks = spec.disks.iter().map(|disk| DeviceSpec::Blk {
+            member: MemberId(disk.member),
+            path: disk.path.clone(),
+            readonly: disk.readonly,
+        });
+        let rng = spec.rng.map(|member| DeviceSpec::Rng { member: MemberId(member) });
+        let console = spec.console.map(|member| DeviceSpec::Console { member: MemberId(member) });
+        std::iter::once(serial).chain(disks).chain(rng).chain(console).collect()
+    }
+
+    /// Connects to every member; returns the address at which this host is reached by the others.
+    async fn connect_all(&mut self) -> Result<Option<IpAddr>, End> {
+        let local_secret = Secret::random();
+        let mut bind = None;
+        let specs = self.spec.members.clone();
+        for (id, member) in (0u16..).map(MemberId).zip(&specs) {
+            let (stream, child, host): (Box<dyn Stream>, Option<ChildProcess>, String) = match &member.host {
+                _ if id == MemberId(0) => {
+                    let host = member.host.as_ref().map_or(self.inherit.host.clone(), ToString::to_string);
+                    (self.own_member(&local_secret), None, host)
+                }
+                None => {
+                    let (stream, child) = self.spawn_member(&local_secret).await?;
+                    (stream, child, self.inherit.host.clone())
+                }
+                Some(host) => {
+                    let secret = self.inherit.secret.clone().map(Secret::from_bytes);
+                    let me = &self.inherit.host;
+                    let stream = node_client::open(host, secret.as_ref(), me, &NodeRequest::Member).await?;
+                    bind = bind.or(stream.local_addr().ok().map(|addr| addr.ip()));
+                    self.launcher.progress(format!("{host} answers")).await;
+                    (Box::new(stream), None, host.to_string())
+                }
+            };
+            self.links.push(Link::new(id, host, stream, child, self.inbox_tx.clone()));
+        }
+        Ok(bind)
+    }
+
+    /// Key material of the members: the node's secret, or a random one that only this VM's processes know.
+    fn member_inherit(&self, local: &Secret) -> Inherit {
+        let secret = match (&self.inherit.secret, self.spec.uses_nodes()) {
+            (Some(secret), _) => Some(secret.clone()),
+            (None, true) => None,
+            (None, false) => Some(local.bytes().to_vec()),
+        };
+        Inherit { role: Role::Member, secret, die_with_parent: true, ..self.inherit.clone() }
+    }
+
+    /// Member 0 in this process, over a pipe that behaves like a connection.
+    fn own_member(&self, local: &Secret) -> Box<dyn Stream> {
+        let (ours, theirs) = tokio::io::duplex(1 << 16);
+        let (host, slot) = (self.host.clone(), self.slot.clone());
+        tokio::spawn(member_task::serve(theirs, host, self.member_inherit(local), slot));
+        Box::new(ours)
+    }
+
+    async fn spawn_member(&self, local: &Secret) -> Result<(Box<dyn Stream>, Option<ChildProcess>), End> {
+        let failed = |e: String| End::Failed(format!("can't start a process for a member: {e}"));
+        let (mut stream, child) = self.spawner.spawn().map_err(|e| failed(e.to_string()))?;
+        codec::within(watch::SILENCE, codec::send(&mut stream, &self.member_inherit(local)))
+            .await
+            .map_err(|e| failed(e.to_string()))?;
+        Ok((stream, child))
+    }
+
+    async fn compare(&self, ready: &[Ready]) -> Result<fit::Common, End> {
+        for (link, ready) in self.links.iter().zip(ready) {
+            self.shared.member_ready(link.id.0, &ready.host, ready.pid, ready.addr);
+            let facts = &ready.facts;
+            self.launcher
+                .progress(format!(
+                    "{} on {}: Linux {}, {}, process {}",
+                    link.id,
+                    ready.host,
+                    facts.kernel,
+                    fit::kind(facts.virtualization),
+                    ready.pid
+                ))
+                .await;
+        }
+        let hosts: Vec<_> =
+            self.links.iter().zip(ready).map(|(link, r)| (link.host.clone(), r.facts.clone())).collect();
+        let common = fit::compare(&hosts)?;
+        for warning in &common.warnings {
+            self.launcher.progress(format!("warning: {warning}")).await;
+        }
+        Ok(common)
+    }
+
+    fn topology(&self, ready: &[Ready]) -> Topology {
+        let hosts = ready.iter().map(|r| (r.host.clone(), r.addr)).collect();
+        let unmeasured = vec![vec![None; ready.len()]; ready.len()];
+        plan::topology(&self.spec, hosts, plan::distances(&unmeasured))
+    }
+
+    /// Member 0 is in this process, so the images need not travel again.
+    async fn load(&self, images: BootImages, limit: Duration) -> Result<(), End> {
+        let guest = self.slot.get().cloned().ok_or_else(|| End::Failed("member 0 has not joined".into()))?;
+        let load = tokio::task::spawn_blocking(move || guest.load(images));
+        match timeout(limit, load).await {
+            Ok(Ok(Ok(()))) => Ok(()),
+            Ok(Ok(Err(reason))) => {
+                Err(End::BadInput(format!("--kernel {}: {reason}", self.spec.kernel.display())))
+            }
+            Ok(Err(e)) => Err(End::Failed(format!("internal error while loading: {e}"))),
+            Err(_) => Err(End::Failed(format!("loading the kernel took more than {} s", limit.as_secs()))),
+        }
+    }
+
+    /// Waits for one answer of every member, in whatever order, and returns them by member.
+    async fn gather<T>(
+        &mut self,
+        step: &str,
+        limit: Duration,
+        mut take: impl FnMut(FromMember) -> Result<T, FromMember>,
+    ) -> Result<Vec<T>, End> {
+        let deadline = Instant::now() + limit;
+        let mut answers: Vec<Option<T>> = self.links.iter().map(|_| None).collect();
+        while answers.iter().any(Option::is_none) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let Ok(Some((id, message))) = timeout(left, self.inbox.recv()).await else {
+                let missing: Vec<_> = self
+                    .links
+                    .iter()
+                    .zip(&answers)
+                    .filter(|(_, answer)| answer.is_none())
+                    .map(|(link, _)| format!("{} on {}", link.id, link.host))
+                    .collect();
+                return Err(End::Unreachable {
+                    host: missing.join(", "),
+                    reason: format!(
+                        "asked to {step}, no answer within {} s (--start-timeout)",
+                        limit.as_secs()
+                    ),
+                });
+            };
+            let message = match message {
+                Ok(message) => match take(message) {
+                    Ok(answer) => {
+                        if let Some(slot) = answers.get_mut(usize::from(id.0)) {
+                            *slot = Some(answer);
+                        }
+                        continue;
+                    }
+                    Err(message) => Ok(message),
+                },
+                Err(e) => Err(e),
+            };
+            if let Some(end) = self.trouble(id, message).await {
+                return Err(end);
+            }
+        }
+        Ok(answers.into_iter().flatten().collect())
+    }
+}

@@ -1,0 +1,160 @@
+//! While the guest runs: heartbeats, counters, events, and which of many symptoms is the cause.
+
+use super::Coordinator;
+use crate::control::codec::{CodecError, Json};
+use crate::control::end::End;
+use crate::control::wire::{FromMember, ToMember};
+use crate::member::{MemberEvent, VmExit};
+use dsm::addr::MemberId;
+use std::time::{Duration, Instant};
+use tokio::sync::oneshot;
+
+/// A member, or a coordinator, that says nothing for so long is gone.
+pub const SILENCE: Duration = Duration::from_secs(20);
+/// How often members report.
+const TICK: Duration = Duration::from_secs(1);
+/// When one thing goes wrong, others follow: so long to hear of the first cause.
+const SETTLE: Duration = Duration::from_millis(400);
+
+/// How close a symptom is to its cause; the smallest one wins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Rank {
+    /// The guest did it.
+    Guest,
+    /// A process is gone.
+    Gone,
+    /// A member says what is wrong with its own host.
+    Own,
+    /// A member says what is wrong with another.
+    Hearsay,
+    /// A member is over for a reason that is a consequence.
+    Consequence,
+}
+
+impl Coordinator {
+    /// Watches until the VM is over.
+    pub(super) async fn watch(&mut self) -> End {
+        let mut heard: Vec<Instant> = self.links.iter().map(|_| Instant::now()).collect();
+        let mut answered: Vec<u64> = self.links.iter().map(|_| 0).collect();
+        let mut waiting: Vec<(u64, oneshot::Sender<()>)> = Vec::new();
+        let mut asked = 0;
+        let mut tick = tokio::time::interval(TICK);
+        loop {
+            tokio::select! {
+                Some((id, message)) = self.inbox.recv() => {
+                    if let Some(heard) = heard.get_mut(usize::from(id.0)) {
+                        *heard = Instant::now();
+                    }
+                    if let Ok(FromMember::Report { id: question, stats: Json(stats) }) = message {
+                        self.shared.counted(id.0, *stats);
+                        if let Some(answered) = answered.get_mut(usize::from(id.0)) {
+                            *answered = question;
+                        }
+                        let all = answered.iter().min().copied().unwrap_or(0);
+                        let (done, open): (Vec<_>, Vec<_>) =
+                            waiting.into_iter().partition(|(question, _)| *question <= all);
+                        waiting = open;
+                        for (_, done) in done {
+                            let _ = done.send(());
+                        }
+                    } else if let Some(end) = self.trouble(id, message).await {
+                        return end;
+                    }
+                }
+                _ = tick.tick() => {
+                    if let Some(end) = self.silent(&heard) {
+                        return end;
+                    }
+                    self.ask(&mut asked);
+                }
+                Some(done) = self.counts.recv() => {
+                    self.ask(&mut asked);
+                    waiting.push((asked, done));
+                }
+            }
+        }
+    }
+
+    fn ask(&self, asked: &mut u64) {
+        *asked += 1;
+        for link in &self.links {
+            link.order(ToMember::Stats { id: *asked });
+        }
+    }
+
+    fn silent(&self, heard: &[Instant]) -> Option<End> {
+        let (link, _) = self.links.iter().zip(heard).find(|(_, heard)| heard.elapsed() > SILENCE)?;
+        Some(End::MemberLost {
+            member: link.id,
+            host: link.host.clone(),
+            reason: format!("it has not answered for {} s", SILENCE.as_secs()),
+        })
+    }
+
+    /// If this message means the end: waits a moment for what else comes, and returns the cause.
+    pub(super) async fn trouble(
+        &mut self,
+        id: MemberId,
+        message: Result<FromMember, CodecError>,
+    ) -> Option<End> {
+        let mut worst = self.diagnose(id, message).await?;
+        let settled = tokio::time::sleep(SETTLE);
+        tokio::pin!(settled);
+        while worst.0 != Rank::Guest {
+            tokio::select! {
+                Some((id, message)) = self.inbox.recv() => {
+                    match self.diagnose(id, message).await {
+                        Some(other) if other.0 < worst.0 => worst = other,
+                        _ => {}
+                    }
+                }
+                () = &mut settled => break,
+            }
+        }
+        Some(worst.1)
+    }
+
+    async fn diagnose(&self, id: MemberId, message: Result<FromMember, CodecError>) -> Option<(Rank, End)> {
+        let host = self.host_of(id);
+        let named = |reason: String| format!("{id} on {host}: {reason}");
+        Some(match message {
+            Err(e) => {
+                let epitaph = match self.links.get(usize::from(id.0)) {
+                    Some(link) => link.epitaph().await,
+                    None => None,
+                };
+                let reason = epitaph.unwrap_or_else(|| match e {
+                    CodecError::Closed => "its process ended, or its host or node went down".into(),
+                    e => e.to_string(),
+                });
+                (Rank::Gone, End::MemberLost { member: id, host, reason })
+            }
+            Ok(FromMember::Event(MemberEvent::Exit(VmExit::Stopped { reason }))) => {
+                (Rank::Consequence, End::Stopped { by: reason })
+            }
+            Ok(FromMember::Event(MemberEvent::Exit(exit))) => (Rank::Guest, End::from_exit(exit)),
+            Ok(FromMember::Event(MemberEvent::Failed(reason))) => (Rank::Hearsay, End::Failed(named(reason))),
+            Ok(FromMember::Event(MemberEvent::PeerLost { peer, reason })) => {
+                let host = self.host_of(peer);
+                (Rank::Hearsay, End::MemberLost { member: peer, host, reason })
+            }
+            Ok(FromMember::Unfit { reason }) => (Rank::Own, End::HostRefused { host, reason }),
+            Ok(FromMember::Failed { reason, input: true }) => (Rank::Own, End::BadInput(named(reason))),
+            Ok(FromMember::Failed { reason, input: false }) => (Rank::Hearsay, End::Failed(named(reason))),
+            Ok(FromMember::Stopped) => {
+                (Rank::Consequence, End::Failed(named("it stopped without being told to".into())))
+            }
+            Ok(
+                FromMember::Event(MemberEvent::Running)
+                | FromMember::Ready { .. }
+                | FromMember::Joined
+                | FromMember::Started
+                | FromMember::Report { .. },
+            ) => return None,
+        })
+    }
+
+    fn host_of(&self, id: MemberId) -> String {
+        self.links.get(usize::from(id.0)).map_or_else(|| "?".into(), |link| link.host.clone())
+    }
+}

@@ -1,0 +1,193 @@
+//! What the coordinator's tasks and the HTTP API share: the picture of the VM, and the two things that can be
+//! asked of it from outside, "stop" and "count now".
+
+use super::end::End;
+use super::member_task::Slot;
+use super::view::{MemberInfo, VmInfo, VmStatus, VmSummary};
+use crate::config::VmSpec;
+use crate::devices::ConsoleHandle;
+use crate::member::{MemberStats, VcpuStats};
+use crate::topology::Topology;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, oneshot};
+
+/// Longest wait for fresh counters; then those at hand are shown with their age.
+const FRESH: Duration = Duration::from_secs(2);
+
+/// Shared state of one VM at its coordinator. The lock is held for copying only.
+#[derive(Debug)]
+pub struct Shared {
+    picture: Mutex<Picture>,
+    stops: mpsc::Sender<End>,
+    counts: mpsc::Sender<oneshot::Sender<()>>,
+    slot: OpaqueSlot,
+}
+
+struct OpaqueSlot(Slot);
+
+impl std::fmt::Debug for OpaqueSlot {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Slot")
+    }
+}
+
+#[derive(Debug)]
+struct Picture {
+    info: VmInfo,
+    running_since: Option<Instant>,
+    counted: Vec<Option<Instant>>,
+}
+
+impl Shared {
+    /// A VM that is about to start.
+    pub fn new(
+        spec: &VmSpec,
+        host: &str,
+        slot: Slot,
+        stops: mpsc::Sender<End>,
+        counts: mpsc::Sender<oneshot::Sender<()>>,
+    ) -> Shared {
+        let mut vcpu = 0u32..;
+        let members: Vec<_> = (0u16..)
+            .zip(&spec.members)
+            .map(|(id, member)| MemberInfo {
+                id,
+                host: member.host.as_ref().map_or_else(|| host.to_string(), ToString::to_string),
+                pid: if id == 0 { std::process::id() } else { 0 },
+                addr: None,
+                vcpus: vcpu.by_ref().take(usize::try_from(member.cpus).unwrap_or(0)).collect(),
+                memory_home: member.memory,
+                memory_held: 0,
+                ipis_local: 0,
+                ipis_remote: 0,
+                exits: 0,
+                faults: Default::default(),
+                age_s: None,
+                stats: MemberStats::default(),
+            })
+            .collect();
+        let info = VmInfo {
+            name: spec.name.clone(),
+            status: VmStatus::Starting,
+            reason: None,
+            cpus: spec.cpus,
+            memory: spec.memory,
+            epoch: 0,
+            uptime_s: 0.0,
+            cmdline: spec.cmdline.clone(),
+            kernel: spec.kernel.display().to_string(),
+            vcpus: Vec::new(),
+            distances: Vec::new(),
+            members,
+        };
+        let counted = vec![None; info.members.len()];
+        let picture = Mutex::new(Picture { info, running_since: None, counted });
+        Shared { picture, stops, counts, slot: OpaqueSlot(slot) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Picture> {
+        self.picture.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A member told who it is.
+    pub fn member_ready(&self, id: u16, host: &str, pid: u32, addr: std::net::SocketAddr) {
+        if let Some(member) = self.lock().info.members.get_mut(usize::from(id)) {
+            (member.host, member.pid, member.addr) = (host.to_string(), pid, Some(addr));
+        }
+    }
+
+    /// There is a (new) topology.
+    pub fn placed(&self, topology: &Topology) {
+        let mut picture = self.lock();
+        let info = &mut picture.info;
+        info.epoch = topology.epoch.0;
+        info.vcpus = topology.vcpus.iter().map(|m| m.0).collect();
+        info.distances = topology.distances.clone();
+        for (member, desc) in info.members.iter_mut().zip(&topology.members) {
+            member.vcpus = topology.vcpus_of(desc.id).collect();
+            member.memory_home = topology.memory.iter().filter(|r| r.home == desc.id).map(|r| r.len).sum();
+        }
+    }
+
+    /// The guest runs.
+    pub fn running(&self) {
+        let mut picture = self.lock();
+        picture.info.status = VmStatus::Running;
+        picture.running_since = Some(Instant::now());
+    }
+
+    /// The VM is being ended.
+    pub fn ending(&self, end: &End) {
+        let mut picture = self.lock();
+        picture.info.status = VmStatus::Ending;
+        picture.info.reason = Some(end.to_string());
+    }
+
+    /// A member's counters.
+    pub fn counted(&self, id: u16, stats: MemberStats) {
+        let mut picture = self.lock();
+        if let Some(member) = picture.info.members.get_mut(usize::from(id)) {
+            member.count(stats);
+        }
+        if let Some(when) = picture.counted.get_mut(usize::from(id)) {
+            *when = Some(Instant::now());
+        }
+    }
+
+    /// How long ago the guest started to run.
+    pub fn uptime(&self) -> Option<Duration> {
+        self.lock().running_since.map(|since| since.elapsed())
+    }
+
+    /// The picture as it is.
+    pub fn info(&self) -> VmInfo {
+        let picture = self.lock();
+        let mut info = picture.info.clone();
+        info.uptime_s = picture.running_since.map_or(0.0, |since| since.elapsed().as_secs_f64());
+        for (member, when) in info.members.iter_mut().zip(&picture.counted) {
+            member.age_s = when.map(|when| when.elapsed().as_secs_f64());
+        }
+        info
+    }
+
+    /// The picture with counters as fresh as the members can give them within two seconds.
+    pub async fn fresh_info(&self) -> VmInfo {
+        let (done, wait) = oneshot::channel();
+        let running = self.lock().info.status == VmStatus::Running;
+        if running && self.counts.try_send(done).is_ok() {
+            let _ = tokio::time::timeout(FRESH, wait).await;
+        }
+        self.info()
+    }
+
+    /// One line of it.
+    pub fn summary(&self) -> VmSummary {
+        let info = self.info();
+        VmSummary {
+            name: info.name,
+            status: info.status,
+            reason: info.reason,
+            cpus: info.cpus,
+            memory: info.memory,
+            hosts: info.members.into_iter().map(|m| m.host).collect(),
+            pid: std::process::id(),
+            uptime_s: info.uptime_s,
+        }
+    }
+
+    /// The serial console, once the first member has one.
+    pub fn console(&self) -> Option<ConsoleHandle> {
+        self.slot.0.get()?.console()
+    }
+
+    /// Asks for the end of the VM; the first one to ask is heard.
+    pub fn stop(&self, end: End) {
+        let _ = self.stops.try_send(end);
+    }
+}
+
+/// Sum of a counter over vCPUs.
+pub fn total(stats: &MemberStats, field: fn(&VcpuStats) -> u64) -> u64 {
+    stats.vcpus.iter().map(field).sum()
+}
