@@ -1,7 +1,7 @@
 //! What people and tools see of a VM: the JSON of the API, and the rows of the tables.
 
 use crate::member::MemberStats;
-use dsm::addr::PAGE_SIZE;
+use dsm::stats::FaultCounts;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 
@@ -113,33 +113,6 @@ pub struct MemberInfo {
     pub stats: MemberStats,
 }
 
-/// Page faults of one member, by what they asked for and whether another member was needed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FaultCounts {
-    /// Reads answered on this host.
-    pub local_read: u64,
-    /// Writes answered on this host.
-    pub local_write: u64,
-    /// Reads that another member answered.
-    pub remote_read: u64,
-    /// Writes that another member answered.
-    pub remote_write: u64,
-    /// Writes to a page held as a read-only copy, for which others had to give up theirs.
-    pub remote_upgrade: u64,
-}
-
-impl FaultCounts {
-    /// All that needed another member.
-    pub fn remote(&self) -> u64 {
-        self.remote_read + self.remote_write + self.remote_upgrade
-    }
-
-    /// All that needed nobody else.
-    pub fn local(&self) -> u64 {
-        self.local_read + self.local_write
-    }
-}
-
 impl MemberInfo {
     /// Fills in what comes from a member's counters.
     pub fn count(&mut self, stats: MemberStats) {
@@ -147,15 +120,8 @@ impl MemberInfo {
         self.ipis_local = sum(|v| v.ipis_local);
         self.ipis_remote = sum(|v| v.ipis_remote);
         self.exits = sum(|v| v.exits);
-        let (held, faults) = pages(&stats);
-        self.memory_held = held * PAGE_SIZE;
-        self.faults = faults;
+        self.memory_held = stats.memory.resident_bytes;
+        self.faults = stats.memory.faults;
         self.stats = stats;
     }
-}
-
-/// Pages held and faults, from the page engine's part of the counters.
-fn pages(stats: &MemberStats) -> (u64, FaultCounts) {
-    let _ = stats;
-    (0, FaultCounts::default())
 }
