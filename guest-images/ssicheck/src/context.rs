@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::failure::{During, Failure};
-use crate::options::{Inject, Job};
+use crate::options::{Inject, Job, Options};
 use crate::report::SubResult;
 use crate::runner::Event;
 use crate::topology::Topology;
@@ -54,12 +54,8 @@ pub struct Context {
 impl Context {
     /// Makes the scratch folder.
     pub fn new(job: Job) -> Result<Context, Failure> {
-        let named = job.options.scratch.clone().into_iter().collect::<Vec<_>>();
-        let bases =
-            if named.is_empty() { vec![PathBuf::from("/tmp"), PathBuf::from("/")] } else { named };
         let mut last = Failure::Other("no folder for temporary files".into());
-        for base in bases {
-            let dir = base.join(format!("ssicheck-{}-{}", job.check.name(), std::process::id()));
+        for dir in scratch_dirs(&job.options, std::process::id()) {
             match std::fs::create_dir(&dir).during(format!("making {}", dir.display())) {
                 Ok(()) => return Ok(Context { job, scratch: dir }),
                 Err(failure) => last = failure,
@@ -102,6 +98,29 @@ impl Context {
         };
         emit(&Event::End(SubResult { name, ok, note, wall_s, data }));
     }
+}
+
+/// Where the process `pid` may have its temporary folder, in order of preference.
+fn scratch_dirs(options: &Options, pid: u32) -> Vec<PathBuf> {
+    let bases = match &options.scratch {
+        Some(named) => vec![named.clone()],
+        None => vec![PathBuf::from("/tmp"), PathBuf::from("/")],
+    };
+    bases.into_iter().map(|base| base.join(format!("ssicheck-{pid}"))).collect()
+}
+
+/// The name in /dev/shm that the process `pid` may use.
+pub fn posix_shm_path(pid: u32) -> PathBuf {
+    PathBuf::from(format!("/dev/shm/ssicheck-{pid}"))
+}
+
+/// Removes what the process `pid` left behind if it was killed.
+pub fn clean_up(options: &Options, pid: u32) {
+    // Usually there is nothing, which is no error.
+    for dir in scratch_dirs(options, pid) {
+        let _ = std::fs::remove_dir_all(dir);
+    }
+    let _ = std::fs::remove_file(posix_shm_path(pid));
 }
 
 impl Drop for Context {

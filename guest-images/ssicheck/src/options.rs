@@ -207,8 +207,16 @@ mod tests {
     #[test]
     fn nonsense_is_refused_by_name() {
         for line in [
-            "--frob", "--cpus", "--cpus x", "--only nothing", "--budget 0", "--budget NaN", "--for -1",
-            "--inject x", "--min-nodes two", "--deadline 1e99",
+            "--frob",
+            "--cpus",
+            "--cpus x",
+            "--only nothing",
+            "--budget 0",
+            "--budget NaN",
+            "--for -1",
+            "--inject x",
+            "--min-nodes two",
+            "--deadline 1e99",
         ] {
             let error = parse_words(line).expect_err(line).to_string();
             assert!(error.contains(line.split_whitespace().next().unwrap_or("")), "{line}: {error}");

@@ -70,7 +70,11 @@ pub fn run(check: Check, options: &Options, topology: &Topology) -> CheckResult 
     let mut progress = Progress::default();
     let deadline = options.deadline_of(check);
     let problem = match spawn(check, options, topology) {
-        Ok(mut child) => watch(&mut child, &mut progress, deadline),
+        Ok(mut child) => {
+            let problem = watch(&mut child, &mut progress, deadline);
+            crate::context::clean_up(options, child.id());
+            problem
+        }
         Err(failure) => Some(failure.to_string()),
     };
     if let Some(saved) = progress.saved.take() {

@@ -120,6 +120,15 @@ impl Topology {
         (0..n).filter_map(|i| Some((*self.spread.get(i)?, *self.spread.get((i + 1) % n)?))).collect()
     }
 
+    /// The pairs of neighbouring nodes for checks that go both ways by themselves: two nodes make one pair.
+    pub fn links(&self) -> Vec<(Cpu, Cpu)> {
+        let mut pairs = self.pairs();
+        if self.spread.len() == 2 {
+            pairs.truncate(1);
+        }
+        pairs
+    }
+
     /// The CPU for the `i`-th of several threads: neighbours get different nodes.
     pub fn cpu_for(&self, i: usize) -> Cpu {
         let fallback = Cpu { id: 0, node: 0 };

@@ -106,9 +106,9 @@ fn hammer(context: &Context, slice: Duration, step: impl Fn() + Sync) -> Result<
                 })
             })
             .collect();
-        workers.into_iter().try_for_each(|w| {
-            w.join().unwrap_or_else(|_| Err(Failure::Other("a thread panicked".into())))
-        })
+        workers
+            .into_iter()
+            .try_for_each(|w| w.join().unwrap_or_else(|_| Err(Failure::Other("a thread panicked".into()))))
     })?;
     Ok(Made { threads: threads as u64, increments: total.into_inner() })
 }

@@ -6,6 +6,7 @@ mod ipc;
 mod memory_model;
 mod process_migration;
 mod process_space;
+mod procfs;
 mod remote;
 mod root_and_files;
 mod time;

@@ -34,8 +34,8 @@ pub fn on_cpu<T: Serialize + DeserializeOwned>(
         }
     }
     task.finish(&place)?;
-    let answer: Result<T, String> =
-        serde_json::from_slice(&answer).map_err(|e| Failure::Other(format!("{place}: garbled answer: {e}")))?;
+    let answer: Result<T, String> = serde_json::from_slice(&answer)
+        .map_err(|e| Failure::Other(format!("{place}: garbled answer: {e}")))?;
     answer.map_err(|why| Failure::Other(format!("{place}: {why}")))
 }
 

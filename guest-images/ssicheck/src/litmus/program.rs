@@ -42,7 +42,7 @@ pub enum Test {
     /// Load buffering.
     LB,
     /// Independent reads of independent writes.
-    IRIW,
+    Iriw,
     /// Coherence of two reads of one location.
     CoRR,
     /// Two writes each, in opposite orders.
@@ -84,7 +84,7 @@ pub enum Verdict {
 
 impl Test {
     /// All of them.
-    pub const ALL: [Test; 6] = [Test::SB, Test::MP, Test::LB, Test::IRIW, Test::CoRR, Test::TwoPlusTwoW];
+    pub const ALL: [Test; 6] = [Test::SB, Test::MP, Test::LB, Test::Iriw, Test::CoRR, Test::TwoPlusTwoW];
 
     /// The name in results.
     pub fn name(self) -> &'static str {
@@ -92,7 +92,7 @@ impl Test {
             Test::SB => "SB",
             Test::MP => "MP",
             Test::LB => "LB",
-            Test::IRIW => "IRIW",
+            Test::Iriw => "IRIW",
             Test::CoRR => "CoRR",
             Test::TwoPlusTwoW => "2+2W",
         }
@@ -104,7 +104,7 @@ impl Test {
             Test::SB => &[Step::WR(X, 1, Y), Step::WR(Y, 1, X)],
             Test::MP => &[Step::WW(X, 1, Y, 1), Step::RR(Y, X)],
             Test::LB => &[Step::RW(X, Y, 1), Step::RW(Y, X, 1)],
-            Test::IRIW => &[Step::W(X, 1), Step::W(Y, 1), Step::RR(X, Y), Step::RR(Y, X)],
+            Test::Iriw => &[Step::W(X, 1), Step::W(Y, 1), Step::RR(X, Y), Step::RR(Y, X)],
             Test::CoRR => &[Step::W(X, 1), Step::RR(X, X)],
             Test::TwoPlusTwoW => &[Step::WW(X, 1, Y, 2), Step::WW(Y, 1, X, 2)],
         }
@@ -126,7 +126,7 @@ impl Test {
             Test::SB => bit(a) && bit(b) && (o.x, o.y) == (1, 1),
             Test::MP => bit(a) && bit(b) && (o.x, o.y) == (1, 1),
             Test::LB => bit(a) && bit(b) && (o.x, o.y) == (1, 1),
-            Test::IRIW => o.r.into_iter().all(bit) && (o.x, o.y) == (1, 1),
+            Test::Iriw => o.r.into_iter().all(bit) && (o.x, o.y) == (1, 1),
             Test::CoRR => bit(a) && bit(b) && o.x == 1,
             Test::TwoPlusTwoW => (1..=2).contains(&o.x) && (1..=2).contains(&o.y),
         };
@@ -142,7 +142,7 @@ impl Test {
             Test::MP => (a, b) == (1, 0),
             Test::LB => (a, b) == (1, 1),
             // The two readers disagree about which store came first.
-            Test::IRIW => (a, b, c, d) == (1, 0, 1, 0),
+            Test::Iriw => (a, b, c, d) == (1, 0, 1, 0),
             Test::CoRR => (a, b) == (1, 0),
             // Each location keeps the first store of the thread that stored there first.
             Test::TwoPlusTwoW => (o.x, o.y) == (1, 1),
@@ -223,7 +223,8 @@ mod tests {
     fn everything_else_is_blamed_but_the_store_buffer() {
         for test in Test::ALL {
             let ordinary = interleavings(test);
-            let loads = ordinary.iter().map(|(r, ..)| r.iter().rposition(|&v| v > 0).map_or(0, |i| i + 1)).max();
+            let loads =
+                ordinary.iter().map(|(r, ..)| r.iter().rposition(|&v| v > 0).map_or(0, |i| i + 1)).max();
             for o in every_outcome() {
                 // Registers that the test does not have, and Y in CoRR, are always zero.
                 let unused = o.r.iter().skip(loads.unwrap_or(0)).any(|&v| v > 0);

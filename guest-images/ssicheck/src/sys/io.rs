@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
 use std::time::Duration;
 
 use crate::failure::Failure;
@@ -86,4 +87,26 @@ impl PageBuffer {
     pub fn new() -> Box<PageBuffer> {
         Box::new(PageBuffer([0; PAGE]))
     }
+}
+
+/// Takes the exclusive flock(2) of `file`; closing the file gives it back.
+pub fn lock_exclusive(file: &File) -> Result<(), Failure> {
+    // SAFETY: flock takes a descriptor and a number.
+    if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) } != 0 {
+        return Err(Failure::last_os("flock"));
+    }
+    Ok(())
+}
+
+/// A connected pair of Unix sequenced-packet sockets. std knows no such type; send and recv are those of datagrams.
+pub fn seqpacket_pair() -> Result<(UnixDatagram, UnixDatagram), Failure> {
+    let mut fds = [0i32; 2];
+    let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC;
+    // SAFETY: the kernel writes two descriptors.
+    if unsafe { libc::socketpair(libc::AF_UNIX, kind, 0, fds.as_mut_ptr()) } != 0 {
+        return Err(Failure::last_os("making a pair of sequenced-packet sockets"));
+    }
+    let [a, b] = fds;
+    // SAFETY: both descriptors are new and owned by nobody else.
+    unsafe { Ok((UnixDatagram::from_raw_fd(a), UnixDatagram::from_raw_fd(b))) }
 }

@@ -180,8 +180,7 @@ pub fn block_sigusr1() -> Result<(), Failure> {
 /// Waits at most [`PATIENCE`] for a blocked SIGUSR1 and returns the PID of its sender.
 pub fn take_sigusr1() -> Result<i32, Failure> {
     let set = sigusr1_set();
-    let limit =
-        libc::timespec { tv_sec: i64::try_from(PATIENCE.as_secs()).unwrap_or(i64::MAX), tv_nsec: 0 };
+    let limit = libc::timespec { tv_sec: i64::try_from(PATIENCE.as_secs()).unwrap_or(i64::MAX), tv_nsec: 0 };
     // SAFETY: zero bytes are a valid siginfo_t.
     let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
     // SAFETY: the kernel reads the set and the limit and writes one siginfo_t.

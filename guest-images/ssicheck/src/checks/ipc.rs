@@ -1,2 +1,0 @@
-//! stub
-pub fn run(_c:&crate::context::Context){}
