@@ -4,13 +4,14 @@
 //!   waits for the network.
 //! - [`receive threads`](threads): one per peer. Reads frames, asks the core, fills pages and wakes their waiters itself.
 //! - [`keeper`]: one thread for everything that waits: hold times, full sockets, heartbeats and deadlines.
-//! - [`shell`]: carries out the core's commands. [`Dsm`] is the door.
+//! - [`shard`]: carries out the core's commands; [`shell`]: what all threads share. [`Dsm`] is the door.
 //!
 //! A fault thus costs two thread switches here: the fault thread and the receive thread.
 
 mod config;
 mod failure;
 mod keeper;
+pub(crate) mod shard;
 mod shell;
 mod threads;
 

@@ -1,18 +1,19 @@
 //! Carries out what the protocol core commands.
 //!
-//! The pages are dealt out to [`SHARDS`] cores, each behind a lock. Memory commands are carried out under the lock: a
-//! fill and the drop that follows it can't change places. None of them waits for anybody but the kernel. Frames are
-//! only queued under the lock, so that those about a page leave in order, and are written after it is let go.
+//! The pages are dealt out to cores, each with its [`Shard`] behind a lock. Memory commands are carried out under the
+//! lock: a fill and the drop that follows it can't change places. None of them waits for anybody but the kernel. Frames
+//! are only queued under the lock, so that those about a page leave in order, and are written after it is let go.
 
 use super::config::DsmConfig;
 use super::failure::{Cause, DsmFailure};
 use super::keeper::Keeper;
+use super::shard::{After, Env, PageBuf, Shard};
 use super::{DsmError, PAGE};
-use crate::addr::{MAX_MEMBERS, MemberId, PAGE_SIZE};
+use crate::addr::{Epoch, MAX_MEMBERS, MemberId, PAGE_SIZE};
 use crate::layout::{Layout, Page};
 use crate::protocol::pages::Share;
-use crate::protocol::{Command, Contents, Core, CoreConfig, Event, MemberSet, Msg, Right};
-use crate::region::{Fault, Region, RegionError};
+use crate::protocol::{Core, CoreConfig, Event, MemberSet, Msg};
+use crate::region::{Fault, Kernel, Region, RegionError};
 use crate::stats::{DsmSnapshot, FaultLog, FaultRecord, PeerTraffic, ShardStats};
 use crate::transport::frame::Header;
 use crate::transport::link::{Flush, Link};
@@ -23,26 +24,6 @@ use std::time::Instant;
 
 /// Number of protocol cores is `1 << SHARD_BITS`.
 const SHARD_BITS: u32 = 4;
-/// Page buffers kept for reuse per core.
-const SPARE: usize = 32;
-
-/// A page on its way in.
-pub(super) type PageBuf = Box<[u8; PAGE]>;
-
-struct Shard {
-    core: Core<PageBuf>,
-    out: Vec<Command<PageBuf>>,
-    spare: Vec<PageBuf>,
-    stats: ShardStats,
-}
-
-/// What is left to do without the shard's lock.
-#[derive(Default)]
-struct After {
-    talk: MemberSet,
-    failure: Option<(Option<MemberId>, Cause)>,
-}
-
 const RUNNING: u8 = 0;
 const FAILED: u8 = 1;
 const STOPPED: u8 = 2;
@@ -72,6 +53,46 @@ pub(super) struct Shell {
 impl std::fmt::Debug for Shell {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Shell").field("cfg", &self.cfg).field("state", &self.state).finish_non_exhaustive()
+    }
+}
+
+impl Env for Shell {
+    type Kernel = Region;
+
+    fn kernel(&self) -> &Region {
+        &self.region
+    }
+
+    fn me(&self) -> MemberId {
+        self.cfg.me
+    }
+
+    fn epoch(&self) -> Epoch {
+        self.cfg.epoch
+    }
+
+    fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    fn now(&self) -> u64 {
+        Shell::now(self)
+    }
+
+    fn push(&self, to: MemberId, header: &Header) -> bool {
+        self.link(to).map(|link| link.push(header)).is_some()
+    }
+
+    fn push_page(
+        &self,
+        to: MemberId,
+        fill: impl FnOnce(&mut Vec<u8>) -> Result<Header, RegionError>,
+    ) -> Result<bool, RegionError> {
+        self.link(to).map(|link| link.push_page(fill)).transpose().map(|pushed| pushed.is_some())
+    }
+
+    fn set_timer(&self, at: u64, page: Page) {
+        self.keeper.set_timer(at, page);
     }
 }
 
@@ -109,7 +130,7 @@ impl Shell {
                 first_touch: cfg.first_touch.clamp(1, crate::region::MAX_ZERO_RUN),
             });
             let stats = ShardStats::new(Share::new(index, SHARD_BITS), layout.pages());
-            Mutex::new(Shard { core, out: Vec::new(), spare: Vec::new(), stats })
+            Mutex::new(Shard::new(core, stats))
         });
         Ok(Shell {
             shards: shards.collect(),
@@ -187,13 +208,7 @@ impl Shell {
     pub(super) fn message(&self, from: MemberId, page: Page, msg: Msg<()>, bytes: &[u8]) {
         let now = self.now();
         let mut shard = self.shard(page);
-        let msg = attach(msg, || {
-            let mut buf = shard.spare.pop().unwrap_or_else(|| Box::new([0; PAGE]));
-            if let Ok(page) = <&[u8; PAGE]>::try_from(bytes) {
-                buf.copy_from_slice(page);
-            }
-            buf
-        });
+        let msg = shard.attach(msg, bytes);
         let after = self.process(&mut shard, now, Event::Message { from, page, msg });
         drop(shard);
         self.follow_up(after, now);
@@ -206,25 +221,9 @@ impl Shell {
         self.follow_up(after, now);
     }
 
-    /// Gives an event to the core and carries out what it commands.
+    /// Gives an event to the core and carries out what it commands, unless the member has stopped.
     fn process(&self, shard: &mut Shard, now: u64, event: Event<PageBuf>) -> After {
-        let mut after = After::default();
-        if !self.is_running() {
-            return after;
-        }
-        let Shard { core, out, spare, stats } = shard;
-        if let Err(violation) = core.handle(now, event, out) {
-            out.clear();
-            after.failure = Some((Some(violation.from), Cause::Violation(violation.to_string())));
-            return after;
-        }
-        for command in out.drain(..) {
-            if let Err(e) = self.carry_out(command, spare, stats, &mut after.talk) {
-                after.failure = Some((None, Cause::Local(e.to_string())));
-                break;
-            }
-        }
-        after
+        if self.is_running() { shard.process(self, now, event) } else { After::default() }
     }
 
     fn follow_up(&self, after: After, now: u64) {
@@ -232,77 +231,6 @@ impl Shell {
             self.fail(peer, cause);
         }
         self.flush(after.talk, now);
-    }
-
-    fn carry_out(
-        &self,
-        command: Command<PageBuf>,
-        spare: &mut Vec<PageBuf>,
-        stats: &mut ShardStats,
-        talk: &mut MemberSet,
-    ) -> Result<(), RegionError> {
-        match command {
-            Command::Send { to, page, msg } => {
-                stats.sent(&msg);
-                if let Some(link) = self.link(to) {
-                    link.push(&Header::message(self.cfg.me, self.cfg.epoch, self.layout.gpa_of(page), &msg));
-                    *talk = talk.with(to);
-                }
-            }
-            Command::Give { to, page, terms, protect, drop } => {
-                if protect {
-                    self.region.protect(page)?;
-                }
-                let Some(link) = self.link(to) else { return Ok(()) };
-                link.push_page(|queue| {
-                    let at = queue.len();
-                    self.region.read(page, queue)?;
-                    let is_zero = queue.get(at..).is_some_and(is_zero);
-                    if is_zero {
-                        queue.truncate(at);
-                    }
-                    if drop {
-                        self.region.discard(page)?;
-                    }
-                    stats.gave(page, is_zero);
-                    let contents = if is_zero { Contents::Zero } else { Contents::Bytes(()) };
-                    let gpa = self.layout.gpa_of(page);
-                    Ok(Header::message(self.cfg.me, self.cfg.epoch, gpa, &Msg::Grant { terms, contents }))
-                })?;
-                *talk = talk.with(to);
-            }
-            Command::Drop { page } => {
-                self.region.discard(page)?;
-                stats.dropped(page);
-            }
-            Command::Install { page, right, contents, served } => {
-                let protect = right == Right::Shared;
-                match contents {
-                    Contents::Bytes(bytes) => {
-                        self.region.fill(page, &bytes, protect)?;
-                        if spare.len() < SPARE {
-                            spare.push(bytes);
-                        }
-                    }
-                    Contents::Zero => self.region.fill_zero(page, 1, protect)?,
-                    Contents::Keep => self.region.unprotect(page)?,
-                }
-                stats.served(page, &served, self.now());
-            }
-            Command::Zero { page, count, served } => {
-                self.region.fill_zero(page, count, false)?;
-                stats.first_touch(page, count, &served, self.now());
-            }
-            Command::Wake { page } => {
-                self.region.wake(page)?;
-                stats.spurious();
-            }
-            Command::Timer { page, at } => {
-                self.keeper.set_timer(at, page);
-                stats.held();
-            }
-        }
-        Ok(())
     }
 
     /// Writes to the sockets, for the keeper: it will look again by itself.
@@ -352,7 +280,7 @@ impl Shell {
                 if let Some(room) = buf.get_mut(at..at + now.len()) {
                     room.copy_from_slice(now);
                 }
-                self.region.fill_run(page, &buf)?;
+                self.region.fill_run(page, &buf, false)?;
                 shard.stats.preloaded();
             } else if shard.core.cache().state(page) == crate::protocol::cache::State::Modified {
                 self.region.write(page, at, now)?;
@@ -448,28 +376,4 @@ impl Shell {
         snapshot.finish(self.layout.pages());
         snapshot
     }
-}
-
-/// Turns a decoded message into one that owns its page.
-fn attach(msg: Msg<()>, bytes: impl FnOnce() -> PageBuf) -> Msg<PageBuf> {
-    match msg {
-        Msg::Grant { terms, contents } => {
-            let contents = match contents {
-                Contents::Bytes(()) => Contents::Bytes(bytes()),
-                Contents::Zero => Contents::Zero,
-                Contents::Keep => Contents::Keep,
-            };
-            Msg::Grant { terms, contents }
-        }
-        Msg::Get { write, token } => Msg::Get { write, token },
-        Msg::Forward { requester, terms, data } => Msg::Forward { requester, terms, data },
-        Msg::Invalidate { requester, token } => Msg::Invalidate { requester, token },
-        Msg::InvAck { token } => Msg::InvAck { token },
-        Msg::Done { token } => Msg::Done { token },
-    }
-}
-
-fn is_zero(page: &[u8]) -> bool {
-    static ZERO: [u8; PAGE] = [0; PAGE];
-    page == ZERO
 }

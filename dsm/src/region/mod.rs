@@ -1,8 +1,9 @@
 //! Guest memory as this process sees it: private anonymous mappings under userfaultfd. All `unsafe` of the
 //! crate lives in this folder.
 //!
-//! - [`Region`] maps the ranges, registers them with one or several userfaultfds and carries out what the protocol
-//!   commands for a page: fill it with a right, protect, unprotect, read, drop, wake.
+//! - [`Region`] maps the ranges and registers them with one or several userfaultfds.
+//! - [`Kernel`] carries out what the protocol commands for a page: fill it with a right, protect, unprotect, read,
+//!   drop, wake.
 //! - [`sys`] is the kernel's ABI.
 //!
 //! A page is filled with its right in one ioctl: filling it first and protecting it then would leave a moment in
@@ -10,10 +11,12 @@
 
 mod access;
 mod map;
+mod ops;
 mod sys;
 
 pub use access::Memory;
 pub use map::Mapping;
+pub use ops::Kernel;
 
 use crate::addr::PAGE_SIZE;
 use crate::layout::{Layout, Page};
@@ -28,7 +31,6 @@ use thiserror::Error;
 const PAGE: usize = 4096;
 /// Most pages that one command can fill with zeros.
 pub const MAX_ZERO_RUN: u32 = 64;
-static ZEROS: [u8; PAGE * MAX_ZERO_RUN as usize] = [0; PAGE * MAX_ZERO_RUN as usize];
 /// Memory is dealt out to userfaultfds in stripes of at least this many bytes.
 const MIN_STRIPE: u64 = 2 << 20;
 /// Most stripes per range; each is a VMA of its own when there are several userfaultfds.
@@ -211,109 +213,15 @@ impl Region {
         (offset < span.map.len()).then_some((span, offset))
     }
 
-    fn step(&self, step: &'static str, page: Page, source: io::Error) -> RegionError {
-        RegionError::Step { step, gpa: self.layout.gpa_of(page), source }
-    }
-
-    fn found(&self, step: &'static str, page: Page) -> Result<(&Span, u64), RegionError> {
-        self.locate(page).ok_or_else(|| self.step(step, page, io::Error::from_raw_os_error(libc::EFAULT)))
-    }
-
-    /// Fills an absent page, write-protected if `protect`, in one ioctl, and wakes its waiters.
-    pub fn fill(&self, page: Page, bytes: &[u8; PAGE], protect: bool) -> Result<(), RegionError> {
-        self.copy(page, bytes, protect)
-    }
-
-    /// Fills up to [`MAX_ZERO_RUN`] absent pages with zeros, writable, and wakes their waiters. The run must lie
-    /// inside one range.
-    pub fn fill_zero(&self, page: Page, count: u32, protect: bool) -> Result<(), RegionError> {
-        let count = usize::try_from(count.min(MAX_ZERO_RUN)).unwrap_or(0);
-        self.copy(page, ZEROS.get(..count * PAGE).unwrap_or(&[]), protect)
-    }
-
-    /// Fills absent pages of one range from `bytes`, whole pages, writable: for filling memory before use.
-    pub fn fill_run(&self, page: Page, bytes: &[u8]) -> Result<(), RegionError> {
-        self.copy(page, bytes, false)
-    }
-
-    fn copy(&self, page: Page, bytes: &[u8], protect: bool) -> Result<(), RegionError> {
-        let mut done = 0usize;
-        while done < bytes.len() {
-            let next = Page(page.0.saturating_add(u32::try_from(done / PAGE).unwrap_or(u32::MAX)));
-            let (span, offset) = self.found("fill", next)?;
-            // One userfaultfd wakes only its own waiters, so a run is cut where the stripe ends.
-            let room = (span.stripe - offset % span.stripe).min(span.map.len() - offset);
-            let end = bytes.len().min(done + usize::try_from(room).unwrap_or(usize::MAX));
-            let uffd = self.uffd(span, offset);
-            let hva = span.map.base() + offset;
-            let (copied, result) = uffd.copy(hva, &bytes[done..end], protect);
-            done += copied;
-            match result {
-                Ok(()) => {}
-                // Part of it went in, or the address space changed under it: go on from there.
-                Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => {}
-                Err(e) if e.raw_os_error() == Some(libc::EEXIST) => {
-                    // What is there is not what the protocol says: it goes, and who waits for it is woken, because
-                    // the failed ioctl did not.
-                    self.replaced.fetch_add(1, Ordering::Relaxed);
-                    span.map
-                        .discard(offset + copied as u64, PAGE_SIZE)
-                        .map_err(|e| self.step("drop", next, e))?;
-                    uffd.wake(hva + copied as u64, PAGE_SIZE).map_err(|e| self.step("wake", next, e))?;
-                }
-                Err(e) => return Err(self.step("fill", next, e)),
-            }
-        }
-        Ok(())
-    }
-
-    fn write_protect(&self, page: Page, protect: bool, step: &'static str) -> Result<(), RegionError> {
-        let (span, offset) = self.found(step, page)?;
-        let uffd = self.uffd(span, offset);
-        loop {
-            match uffd.write_protect(span.map.base() + offset, PAGE_SIZE, protect) {
-                Ok(()) => return Ok(()),
-                Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => {}
-                Err(e) => return Err(self.step(step, page, e)),
-            }
-        }
-    }
-
-    /// Takes the right to write away. When it returns no thread and no vCPU of this process can write to the page.
-    pub fn protect(&self, page: Page) -> Result<(), RegionError> {
-        self.write_protect(page, true, "write protection")
-    }
-
-    /// Gives the right to write and wakes who waits for it.
-    pub fn unprotect(&self, page: Page) -> Result<(), RegionError> {
-        self.write_protect(page, false, "end of write protection")
-    }
-
-    /// Drops the page. When it returns no thread and no vCPU of this process can see the old contents.
-    pub fn discard(&self, page: Page) -> Result<(), RegionError> {
-        let (span, offset) = self.found("drop", page)?;
-        span.map.discard(offset, PAGE_SIZE).map_err(|e| self.step("drop", page, e))
-    }
-
-    /// Appends the bytes of a page that is present. On an absent page the caller itself would wait for it.
-    pub fn read(&self, page: Page, out: &mut Vec<u8>) -> Result<(), RegionError> {
-        let (span, offset) = self.found("read", page)?;
-        span.map.read(offset, PAGE, out);
-        Ok(())
+    fn found(&self, page: Page) -> io::Result<(&Span, u64)> {
+        self.locate(page).ok_or_else(|| io::Error::from_raw_os_error(libc::EFAULT))
     }
 
     /// Overwrites part of a page that is present and writable; what does not fit into the page is left out.
     pub fn write(&self, page: Page, at: usize, bytes: &[u8]) -> Result<(), RegionError> {
-        let (span, offset) = self.found("write", page)?;
+        let (span, offset) = self.found(page).map_err(|e| self.step("write", page, e))?;
         span.map.write(offset + at.min(PAGE) as u64, &bytes[..bytes.len().min(PAGE - at.min(PAGE))]);
         Ok(())
-    }
-
-    /// Wakes who waits for the page.
-    pub fn wake(&self, page: Page) -> Result<(), RegionError> {
-        let (span, offset) = self.found("wake", page)?;
-        let hva = span.map.base() + offset;
-        self.uffd(span, offset).wake(hva, PAGE_SIZE).map_err(|e| self.step("wake", page, e))
     }
 
     /// Makes the memory inaccessible, then lets go of all who wait: a vCPU gets EFAULT, a system call that was
@@ -327,6 +235,48 @@ impl Region {
         if let Err((gpa, e)) = self.each_stripe(|uffd, start, len| uffd.unregister(start, len)) {
             tracing::error!("userfaultfd stays registered at {gpa:#x}: {e}");
         }
+    }
+}
+
+impl Kernel for Region {
+    fn gpa_of(&self, page: Page) -> u64 {
+        self.layout.gpa_of(page)
+    }
+
+    fn sys_copy(&self, page: Page, bytes: &[u8], protect: bool) -> (usize, io::Result<()>) {
+        let (span, offset) = match self.found(page) {
+            Ok(found) => found,
+            Err(e) => return (0, Err(e)),
+        };
+        // One userfaultfd wakes only its own waiters, so a run is cut where the stripe ends.
+        let room = (span.stripe - offset % span.stripe).min(span.map.len() - offset);
+        let len = bytes.len().min(usize::try_from(room).unwrap_or(usize::MAX));
+        self.uffd(span, offset).copy(span.map.base() + offset, bytes.get(..len).unwrap_or(&[]), protect)
+    }
+
+    fn sys_write_protect(&self, page: Page, protect: bool) -> io::Result<()> {
+        let (span, offset) = self.found(page)?;
+        self.uffd(span, offset).write_protect(span.map.base() + offset, PAGE_SIZE, protect)
+    }
+
+    fn sys_wake(&self, page: Page) -> io::Result<()> {
+        let (span, offset) = self.found(page)?;
+        self.uffd(span, offset).wake(span.map.base() + offset, PAGE_SIZE)
+    }
+
+    fn sys_discard(&self, page: Page) -> io::Result<()> {
+        let (span, offset) = self.found(page)?;
+        span.map.discard(offset, PAGE_SIZE)
+    }
+
+    fn read(&self, page: Page, out: &mut Vec<u8>) -> Result<(), RegionError> {
+        let (span, offset) = self.found(page).map_err(|e| self.step("read", page, e))?;
+        span.map.read(offset, PAGE, out);
+        Ok(())
+    }
+
+    fn note_replaced(&self) {
+        self.replaced.fetch_add(1, Ordering::Relaxed);
     }
 }
 

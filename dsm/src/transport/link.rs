@@ -28,11 +28,23 @@ struct Writer {
     at: usize,
 }
 
+/// A stream that takes what it has room for and never waits.
+pub trait Socket {
+    /// Takes some of the bytes; an error of kind `WouldBlock` if it has no room for any.
+    fn send(&self, bytes: &[u8]) -> io::Result<usize>;
+}
+
+impl Socket for TcpStream {
+    fn send(&self, bytes: &[u8]) -> io::Result<usize> {
+        Ok(rustix::net::send(self, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?)
+    }
+}
+
 /// The sending side of the stream to one peer. Lock order: `writer`, then `queue`.
 #[derive(Debug)]
-pub struct Link {
+pub struct Link<S = TcpStream> {
     peer: MemberId,
-    stream: TcpStream,
+    stream: S,
     queue: Mutex<Vec<u8>>,
     writer: Mutex<Writer>,
     full_since: AtomicU64,
@@ -49,9 +61,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Link {
+impl<S: Socket> Link<S> {
     /// The stream to `peer`, at time `now` (nanoseconds of the node's clock).
-    pub fn new(peer: MemberId, stream: TcpStream, now: u64) -> Link {
+    pub fn new(peer: MemberId, stream: S, now: u64) -> Link<S> {
         Link {
             peer,
             stream,
@@ -74,7 +86,7 @@ impl Link {
     }
 
     /// The stream, to read from or to wait for room.
-    pub fn stream(&self) -> &TcpStream {
+    pub fn stream(&self) -> &S {
         &self.stream
     }
 
@@ -139,20 +151,20 @@ impl Link {
                 std::mem::swap(&mut *queue, &mut writer.buf);
                 continue;
             }
-            match rustix::net::send(&self.stream, rest, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+            match self.stream.send(rest) {
                 Ok(n) => {
                     writer.at += n;
                     self.sent_bytes.fetch_add(n as u64, Ordering::Relaxed);
                     self.spoke.store(now, Ordering::Relaxed);
                     self.full_since.store(0, Ordering::Relaxed);
                 }
-                Err(rustix::io::Errno::INTR) => {}
-                Err(rustix::io::Errno::AGAIN) => {
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     let _ =
                         self.full_since.compare_exchange(0, now.max(1), Ordering::Relaxed, Ordering::Relaxed);
                     return Ok(Flush::Full);
                 }
-                Err(e) => return Err(e.into()),
+                Err(e) => return Err(e),
             }
         }
     }
@@ -206,7 +218,9 @@ impl Link {
         [&self.sent_messages, &self.sent_bytes, &self.got_messages, &self.got_bytes]
             .map(|n| n.load(Ordering::Relaxed))
     }
+}
 
+impl Link {
     /// Ends the stream in both directions; a thread that reads from it wakes.
     pub fn close(&self) {
         // It may be closed already.

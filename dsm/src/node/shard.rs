@@ -1,0 +1,194 @@
+//! One core's share of the pages: how what the core commands becomes system calls and frames, in which order.
+//!
+//! No thread, socket or clock: those are behind [`Env`], so the simulation runs this code as it is.
+
+use super::PAGE;
+use super::failure::Cause;
+use crate::addr::{Epoch, MemberId};
+use crate::layout::{Layout, Page};
+use crate::protocol::{Command, Contents, Core, Event, MemberSet, Msg, Right};
+use crate::region::{Kernel, RegionError};
+use crate::stats::ShardStats;
+use crate::transport::frame::Header;
+
+/// Page buffers kept for reuse per core.
+const SPARE: usize = 32;
+
+/// A page on its way in.
+pub(crate) type PageBuf = Box<[u8; PAGE]>;
+
+/// What surrounds a shard.
+pub(crate) trait Env {
+    /// The guest's memory.
+    type Kernel: Kernel;
+
+    fn kernel(&self) -> &Self::Kernel;
+
+    fn me(&self) -> MemberId;
+
+    fn epoch(&self) -> Epoch;
+
+    fn layout(&self) -> &Layout;
+
+    /// Nanoseconds since the start.
+    fn now(&self) -> u64;
+
+    /// Queues a frame without a page; `false` if there is no such peer.
+    fn push(&self, to: MemberId, header: &Header) -> bool;
+
+    /// Queues a frame with a page; see [`crate::transport::link::Link::push_page`].
+    fn push_page(
+        &self,
+        to: MemberId,
+        fill: impl FnOnce(&mut Vec<u8>) -> Result<Header, RegionError>,
+    ) -> Result<bool, RegionError>;
+
+    /// Sees to it that [`Event::Timer`] comes at `at`.
+    fn set_timer(&self, at: u64, page: Page);
+}
+
+/// What is left to do without the shard's lock.
+#[derive(Default)]
+pub(crate) struct After {
+    /// Peers for whom frames were queued.
+    pub(crate) talk: MemberSet,
+    /// Whom to blame, and for what, if the memory has failed.
+    pub(crate) failure: Option<(Option<MemberId>, Cause)>,
+}
+
+/// A core, and what belongs to the same pages.
+pub(crate) struct Shard {
+    pub(crate) core: Core<PageBuf>,
+    pub(crate) stats: ShardStats,
+    out: Vec<Command<PageBuf>>,
+    spare: Vec<PageBuf>,
+}
+
+impl Shard {
+    pub(crate) fn new(core: Core<PageBuf>, stats: ShardStats) -> Shard {
+        Shard { core, stats, out: Vec::new(), spare: Vec::new() }
+    }
+
+    /// Gives an event to the core and carries out what it commands.
+    pub(crate) fn process(&mut self, env: &impl Env, now: u64, event: Event<PageBuf>) -> After {
+        let mut after = After::default();
+        let mut out = std::mem::take(&mut self.out);
+        if let Err(violation) = self.core.handle(now, event, &mut out) {
+            after.failure = Some((Some(violation.from), Cause::Violation(violation.to_string())));
+            return after;
+        }
+        for command in out.drain(..) {
+            if let Err(e) = self.carry_out(env, command, &mut after.talk) {
+                after.failure = Some((None, Cause::Local(e.to_string())));
+                break;
+            }
+        }
+        self.out = out;
+        after
+    }
+
+    fn carry_out(
+        &mut self,
+        env: &impl Env,
+        command: Command<PageBuf>,
+        talk: &mut MemberSet,
+    ) -> Result<(), RegionError> {
+        let kernel = env.kernel();
+        let stats = &mut self.stats;
+        match command {
+            Command::Send { to, page, msg } => {
+                stats.sent(&msg);
+                let gpa = env.layout().gpa_of(page);
+                if env.push(to, &Header::message(env.me(), env.epoch(), gpa, &msg)) {
+                    *talk = talk.with(to);
+                }
+            }
+            Command::Give { to, page, terms, protect, drop } => {
+                if protect {
+                    kernel.protect(page)?;
+                }
+                let is_known = env.push_page(to, |queue| {
+                    let at = queue.len();
+                    kernel.read(page, queue)?;
+                    let is_zero = queue.get(at..).is_some_and(is_zero);
+                    if is_zero {
+                        queue.truncate(at);
+                    }
+                    if drop {
+                        kernel.discard(page)?;
+                    }
+                    stats.gave(page, is_zero);
+                    let contents = if is_zero { Contents::Zero } else { Contents::Bytes(()) };
+                    let gpa = env.layout().gpa_of(page);
+                    Ok(Header::message(env.me(), env.epoch(), gpa, &Msg::Grant { terms, contents }))
+                })?;
+                if is_known {
+                    *talk = talk.with(to);
+                }
+            }
+            Command::Drop { page } => {
+                kernel.discard(page)?;
+                stats.dropped(page);
+            }
+            Command::Install { page, right, contents, served } => {
+                let protect = right == Right::Shared;
+                match contents {
+                    Contents::Bytes(bytes) => {
+                        kernel.fill(page, &bytes, protect)?;
+                        if self.spare.len() < SPARE {
+                            self.spare.push(bytes);
+                        }
+                    }
+                    Contents::Zero => kernel.fill_zero(page, 1, protect)?,
+                    Contents::Keep => kernel.unprotect(page)?,
+                }
+                stats.served(page, &served, env.now());
+            }
+            Command::Zero { page, count, served } => {
+                kernel.fill_zero(page, count, false)?;
+                stats.first_touch(page, count, &served, env.now());
+            }
+            Command::Wake { page } => {
+                kernel.wake(page)?;
+                stats.spurious();
+            }
+            Command::Timer { page, at } => {
+                env.set_timer(at, page);
+                stats.held();
+            }
+        }
+        Ok(())
+    }
+
+    /// Turns a decoded message and the bytes behind it into one that owns its page.
+    pub(crate) fn attach(&mut self, msg: Msg<()>, bytes: &[u8]) -> Msg<PageBuf> {
+        match msg {
+            Msg::Grant { terms, contents } => {
+                let contents = match contents {
+                    Contents::Bytes(()) => Contents::Bytes(self.buffer(bytes)),
+                    Contents::Zero => Contents::Zero,
+                    Contents::Keep => Contents::Keep,
+                };
+                Msg::Grant { terms, contents }
+            }
+            Msg::Get { write, token } => Msg::Get { write, token },
+            Msg::Forward { requester, terms, data } => Msg::Forward { requester, terms, data },
+            Msg::Invalidate { requester, token } => Msg::Invalidate { requester, token },
+            Msg::InvAck { token } => Msg::InvAck { token },
+            Msg::Done { token } => Msg::Done { token },
+        }
+    }
+
+    fn buffer(&mut self, bytes: &[u8]) -> PageBuf {
+        let mut buf = self.spare.pop().unwrap_or_else(|| Box::new([0; PAGE]));
+        if let Ok(page) = <&[u8; PAGE]>::try_from(bytes) {
+            buf.copy_from_slice(page);
+        }
+        buf
+    }
+}
+
+fn is_zero(page: &[u8]) -> bool {
+    static ZERO: [u8; PAGE] = [0; PAGE];
+    page == ZERO
+}

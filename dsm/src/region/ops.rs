@@ -1,0 +1,113 @@
+//! What the protocol commands for a page, made of the kernel's calls.
+//!
+//! [`Kernel`] is the seam between both: production implements it with userfaultfd, the simulation with a model of
+//! userfaultfd. The code that decides what to do about a page that is there already, about a copy that stopped half
+//! way, or in which order rights and bytes come and go, is the same in both.
+
+use super::{MAX_ZERO_RUN, PAGE, RegionError};
+use crate::layout::Page;
+use std::io;
+
+static ZEROS: [u8; PAGE * MAX_ZERO_RUN as usize] = [0; PAGE * MAX_ZERO_RUN as usize];
+
+fn nth(page: Page, n: usize) -> Page {
+    Page(page.0.saturating_add(u32::try_from(n).unwrap_or(u32::MAX)))
+}
+
+/// The kernel's calls on guest memory, and what is made of them. Errors are the kernel's.
+pub trait Kernel {
+    /// Guest-physical address of a page, for errors.
+    fn gpa_of(&self, page: Page) -> u64;
+
+    /// One UFFDIO_COPY of whole pages to absent pages, write-protected if `protect`; wakes the waiters of what it
+    /// filled. It may stop early. Returns how many bytes went in.
+    fn sys_copy(&self, page: Page, bytes: &[u8], protect: bool) -> (usize, io::Result<()>);
+
+    /// UFFDIO_WRITEPROTECT of one page; taking the protection away wakes the waiters.
+    fn sys_write_protect(&self, page: Page, protect: bool) -> io::Result<()>;
+
+    /// UFFDIO_WAKE of one page.
+    fn sys_wake(&self, page: Page) -> io::Result<()>;
+
+    /// MADV_DONTNEED of one page: wakes nobody.
+    fn sys_discard(&self, page: Page) -> io::Result<()>;
+
+    /// Appends the bytes of a page that is present. On an absent page the caller itself would wait for it.
+    fn read(&self, page: Page, out: &mut Vec<u8>) -> Result<(), RegionError>;
+
+    /// Counts a page that should have been absent and was there.
+    fn note_replaced(&self);
+
+    /// An error of one step on one page.
+    fn step(&self, step: &'static str, page: Page, source: io::Error) -> RegionError {
+        RegionError::Step { step, gpa: self.gpa_of(page), source }
+    }
+
+    /// Fills an absent page, write-protected if `protect`, in one ioctl, and wakes its waiters.
+    fn fill(&self, page: Page, bytes: &[u8; PAGE], protect: bool) -> Result<(), RegionError> {
+        self.fill_run(page, bytes, protect)
+    }
+
+    /// Fills up to [`MAX_ZERO_RUN`] absent pages with zeros and wakes their waiters. The run must lie inside one
+    /// range.
+    fn fill_zero(&self, page: Page, count: u32, protect: bool) -> Result<(), RegionError> {
+        let count = usize::try_from(count.min(MAX_ZERO_RUN)).unwrap_or(0);
+        self.fill_run(page, ZEROS.get(..count * PAGE).unwrap_or(&[]), protect)
+    }
+
+    /// Fills absent pages of one range from `bytes`, whole pages, and wakes their waiters.
+    fn fill_run(&self, page: Page, bytes: &[u8], protect: bool) -> Result<(), RegionError> {
+        let mut done = 0usize;
+        while done < bytes.len() {
+            let rest = bytes.get(done..).unwrap_or(&[]);
+            let (copied, result) = self.sys_copy(nth(page, done / PAGE), rest, protect);
+            done += copied;
+            let next = nth(page, done / PAGE);
+            match result {
+                Ok(()) => {}
+                // Part of it went in, or the address space changed under it: go on from there.
+                Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => {}
+                Err(e) if e.raw_os_error() == Some(libc::EEXIST) => {
+                    // What is there is not what the protocol says: it goes, and who waits for it is woken, because
+                    // the failed ioctl did not.
+                    self.note_replaced();
+                    self.sys_discard(next).map_err(|e| self.step("drop", next, e))?;
+                    self.sys_wake(next).map_err(|e| self.step("wake", next, e))?;
+                }
+                Err(e) => return Err(self.step("fill", next, e)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the right to write away. When it returns no thread and no vCPU of this process can write to the page.
+    fn protect(&self, page: Page) -> Result<(), RegionError> {
+        self.write_protect(page, true, "write protection")
+    }
+
+    /// Gives the right to write and wakes who waits for it.
+    fn unprotect(&self, page: Page) -> Result<(), RegionError> {
+        self.write_protect(page, false, "end of write protection")
+    }
+
+    /// Changes the protection, however often the address space changes under it.
+    fn write_protect(&self, page: Page, protect: bool, step: &'static str) -> Result<(), RegionError> {
+        loop {
+            match self.sys_write_protect(page, protect) {
+                Ok(()) => return Ok(()),
+                Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => {}
+                Err(e) => return Err(self.step(step, page, e)),
+            }
+        }
+    }
+
+    /// Drops the page. When it returns no thread and no vCPU of this process can see the old contents.
+    fn discard(&self, page: Page) -> Result<(), RegionError> {
+        self.sys_discard(page).map_err(|e| self.step("drop", page, e))
+    }
+
+    /// Wakes who waits for the page.
+    fn wake(&self, page: Page) -> Result<(), RegionError> {
+        self.sys_wake(page).map_err(|e| self.step("wake", page, e))
+    }
+}
