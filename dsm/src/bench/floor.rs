@@ -3,7 +3,7 @@
 use super::{BenchError, io_step};
 use crate::addr::{HomeRange, MemberId, PAGE_SIZE};
 use crate::layout::{Layout, Page};
-use crate::region::{Region, RegionError};
+use crate::region::{Kernel, Region, RegionError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
