@@ -20,8 +20,6 @@ mod tests;
 pub use entry::{BootEntry, BootProtocol};
 pub use plan::{BootPlan, BootRequest, plan};
 
-use std::path::{Path, PathBuf};
-
 /// The GDT of the first vCPU.
 pub const GDT_START: u64 = 0x1000;
 /// `hvm_start_info`, its module list and its memory map (PVH).
@@ -40,42 +38,9 @@ pub const ELF_CMDLINE_MAX: usize = 2047;
 pub const LOW_MEMORY_END: u64 = 0x9_FC00;
 /// First address for kernels and initrds: what is below is for the structures above.
 pub const KERNEL_START: u64 = 0x10_0000;
-/// Largest kernel or initrd file in bytes: bounds what reading a wrong file can cost.
-pub const IMAGE_MAX: u64 = 1 << 31;
-
 /// Why a VM cannot be booted from the given images.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
-    /// The kernel or initrd cannot be read.
-    #[error("cannot read {what} {path}: {source}")]
-    Read {
-        /// "kernel" or "initrd".
-        what: &'static str,
-        /// Its path.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The path is no regular file.
-    #[error("{what} {path} is {found}, not a file")]
-    NotAFile {
-        /// "kernel" or "initrd".
-        what: &'static str,
-        /// Its path.
-        path: PathBuf,
-        /// What it is.
-        found: &'static str,
-    },
-    /// The file is larger than [`IMAGE_MAX`].
-    #[error("{what} {path} has {size} bytes, more than {IMAGE_MAX}: is it the right file?")]
-    FileTooLarge {
-        /// "kernel" or "initrd".
-        what: &'static str,
-        /// Its path.
-        path: PathBuf,
-        /// Bytes.
-        size: u64,
-    },
     /// The file or buffer has no bytes.
     #[error("{0} is empty")]
     Empty(&'static str),
@@ -142,27 +107,6 @@ pub enum BootError {
         /// Why.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-}
-
-/// Reads a whole kernel or initrd; `what` names it in errors.
-///
-/// # Errors
-/// Missing, unreadable, not a regular file, empty or above [`IMAGE_MAX`].
-pub fn read_image(what: &'static str, path: &Path) -> Result<Vec<u8>, BootError> {
-    let read_error = |source| BootError::Read { what, path: path.to_owned(), source };
-    let meta = std::fs::metadata(path).map_err(read_error)?;
-    if !meta.is_file() {
-        let found = if meta.is_dir() { "a directory" } else { "a device or pipe" };
-        return Err(BootError::NotAFile { what, path: path.to_owned(), found });
-    }
-    if meta.len() > IMAGE_MAX {
-        return Err(BootError::FileTooLarge { what, path: path.to_owned(), size: meta.len() });
-    }
-    let bytes = std::fs::read(path).map_err(read_error)?;
-    if bytes.is_empty() {
-        return Err(BootError::Empty(what));
-    }
-    Ok(bytes)
 }
 
 /// Writes a piece of guest memory; never called twice for one page, never across a home range's end.
