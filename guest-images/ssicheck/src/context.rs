@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::failure::{During, Failure};
 use crate::options::{Inject, Job, Options};
-use crate::report::SubResult;
+use crate::report::{SubResult, seconds};
 use crate::runner::Event;
 use crate::topology::Topology;
 
@@ -91,7 +91,7 @@ impl Context {
         emit(&Event::Begin(name.clone()));
         let start = Instant::now();
         let outcome = body();
-        let wall_s = start.elapsed().as_secs_f64();
+        let wall_s = seconds(start.elapsed());
         let (ok, note, data) = match outcome {
             Ok(note) => (true, note.text, note.data),
             Err(failure) => (false, failure.to_string(), Value::Null),

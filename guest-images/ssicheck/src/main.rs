@@ -71,7 +71,10 @@ fn run_round(options: &Options, topology: &Topology, round: u64) -> bool {
     let mut results = Vec::new();
     for &check in &options.only {
         let result = runner::run(check, options, topology);
-        if !options.json {
+        // With --json the table is still worth something as progress, on the other stream.
+        if options.json {
+            eprint!("{}", report::to_rows(&result));
+        } else {
             print!("{}", report::to_rows(&result));
         }
         results.push(result);

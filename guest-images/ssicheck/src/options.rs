@@ -14,7 +14,7 @@ ssicheck: shows from inside a guest that it is one machine
 
 usage: ssicheck [--json] [--cpus A,B,..] [--only CHECK,..] [--budget SECONDS] [--full] ...
 
-  --json              one JSON object on stdout instead of the table (with --loop: one per round)
+  --json              one JSON object on stdout instead of the table (with --loop: one per round); progress goes to stderr
   --cpus LIST         CPUs to use, for example 0,2 (default: all; one of each NUMA node where a few are enough)
   --min-nodes N       refuse to start if the CPUs are on fewer than N NUMA nodes (default 1)
   --only A,B          only these checks: process_space, process_migration, shared_memory_ipc, root_and_files,
@@ -124,14 +124,14 @@ impl Default for Options {
 impl Options {
     /// How long `check` should take if it can choose.
     pub fn share(&self, check: Check) -> Duration {
-        Duration::from_secs_f64(self.budget * check.weight())
+        Duration::try_from_secs_f64(self.budget * check.weight()).unwrap_or_default()
     }
 
     /// When `check` is killed, counted from its start.
     pub fn deadline_of(&self, check: Check) -> Duration {
         let patience = if self.full && check == Check::MemoryModel { 3600.0 } else { 120.0 };
         let limit = self.deadline.unwrap_or(patience + 2.0 * self.budget * check.weight());
-        Duration::from_secs_f64(limit)
+        Duration::try_from_secs_f64(limit).unwrap_or_default()
     }
 }
 

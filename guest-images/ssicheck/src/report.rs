@@ -1,6 +1,7 @@
 //! Results, and how they are shown.
 
 use std::fmt::Write as _;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -55,9 +56,20 @@ impl CheckResult {
         match self.subs.iter().find(|s| !s.ok) {
             Some(sub) => format!("{}: {}", sub.name, sub.note),
             None if self.subs.is_empty() => "nothing was checked".into(),
-            None => format!("{} of {} sub-checks", self.subs.len(), self.subs.len()),
+            None => {
+                let count = self.subs.len();
+                // For litmus tests the count is the worth of the result.
+                let least = self.subs.iter().filter_map(|s| s.data.get("iterations")?.as_u64()).min();
+                let least = least.map_or(String::new(), |n| format!(", at least {n} iterations each"));
+                format!("{count} of {count} sub-checks{least}")
+            }
         }
     }
+}
+
+/// Seconds, to the millisecond.
+pub fn seconds(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1000.0).round() / 1000.0
 }
 
 /// Whether every check of a round passed; an empty round did not.

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::checks::Check;
 use crate::failure::{During, Failure};
 use crate::options::{Job, Options};
-use crate::report::{CheckResult, SubResult};
+use crate::report::{CheckResult, SubResult, seconds};
 use crate::sys;
 use crate::topology::Topology;
 
@@ -80,7 +80,7 @@ pub fn run(check: Check, options: &Options, topology: &Topology) -> CheckResult 
     if let Some(saved) = progress.saved.take() {
         put_back(saved);
     }
-    CheckResult { check, subs: progress.subs, problem, wall_s: start.elapsed().as_secs_f64() }
+    CheckResult { check, subs: progress.subs, problem, wall_s: seconds(start.elapsed()) }
 }
 
 fn spawn(check: Check, options: &Options, topology: &Topology) -> Result<Child, Failure> {
