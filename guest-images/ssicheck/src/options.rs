@@ -184,6 +184,9 @@ pub fn parse(args: impl Iterator<Item = String>) -> Result<Command, UsageError> 
             _ => return Err(UsageError(format!("unknown argument {arg:?}"))),
         }
     }
+    if o.repeat_for.is_some() && !o.repeat {
+        return Err(UsageError("--for: only with --loop".into()));
+    }
     Ok(Command::Run(o))
 }
 
@@ -214,6 +217,7 @@ mod tests {
             "--budget 0",
             "--budget NaN",
             "--for -1",
+            "--for 5",
             "--inject x",
             "--min-nodes two",
             "--deadline 1e99",

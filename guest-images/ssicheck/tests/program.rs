@@ -75,6 +75,15 @@ fn reordered_stores_are_caught() {
 }
 
 #[test]
+fn full_runs_demand_a_hundred_thousand_iterations() {
+    let (code, json) = json("--only memory_model --budget 1 --full");
+    assert_eq!(code, Some(0), "{json:#}");
+    let subs = json["details"]["memory_model"]["subs"].as_array().cloned().unwrap_or_default();
+    assert_eq!(subs.len(), 33);
+    assert!(subs.iter().all(|s| s["data"]["iterations"].as_u64() >= Some(100_000)), "{json:#}");
+}
+
+#[test]
 fn a_late_clock_is_caught() {
     let (code, json) = json("--only time --budget 20 --inject late-clock");
     assert_eq!(code, Some(1));

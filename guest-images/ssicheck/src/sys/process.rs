@@ -128,11 +128,12 @@ pub fn kill(pid: i32, signal: i32) -> Result<(), Failure> {
 
 /// Kills the process group of a child that leads one.
 pub fn kill_group(leader: u32) {
-    if let Ok(pid) = i32::try_from(leader)
-        && pid > 1
-    {
-        // A group that is gone is the usual case.
-        let _ = kill(-pid, libc::SIGKILL);
+    match i32::try_from(leader) {
+        Ok(pid) if pid > 1 => {
+            // A group that is gone is the usual case.
+            let _ = kill(-pid, libc::SIGKILL);
+        }
+        _ => {}
     }
 }
 
