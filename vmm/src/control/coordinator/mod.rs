@@ -6,6 +6,9 @@ pub mod link;
 pub mod start;
 pub mod watch;
 
+#[cfg(test)]
+mod tests;
+
 use super::api;
 use super::codec::{self, CodecError};
 use super::end::End;
@@ -18,6 +21,7 @@ use super::wire::{FromCoordinator, ImageKind, Inherit, ToCoordinator};
 use crate::config::{VmSpec, files};
 use crate::devices::ConsoleHandle;
 use crate::member::BootImages;
+use dsm::addr::MemberId;
 use link::{Inbound, Link, Stream};
 use std::io;
 use std::path::PathBuf;
@@ -80,6 +84,8 @@ struct Coordinator {
     shared: Arc<Shared>,
     launcher: Launcher,
     links: Vec<Link>,
+    /// Members that have said their last word or are gone: nothing more comes from them.
+    gone: Vec<MemberId>,
     inbox: mpsc::Receiver<Inbound>,
     inbox_tx: mpsc::Sender<Inbound>,
     counts: mpsc::Receiver<oneshot::Sender<()>>,
@@ -201,6 +207,7 @@ async fn launched(
         shared: shared.clone(),
         launcher: launcher.clone(),
         links: Vec::new(),
+        gone: Vec::new(),
         inbox,
         inbox_tx,
         counts,
@@ -241,14 +248,14 @@ impl Coordinator {
         for link in &self.links {
             link.order(super::wire::ToMember::Stop { reason: end.to_string() });
         }
-        let mut open: Vec<_> = self.links.iter().map(|link| link.id).collect();
+        let mut open: Vec<_> =
+            self.links.iter().map(|link| link.id).filter(|id| !self.gone.contains(id)).collect();
         let deadline = tokio::time::sleep(STOP_DEADLINE + Duration::from_secs(1));
         tokio::pin!(deadline);
         while !open.is_empty() {
             tokio::select! {
                 Some((id, message)) = self.inbox.recv() => {
-                    use super::wire::FromMember::{Failed, Stopped, Unfit};
-                    if matches!(message, Err(_) | Ok(Stopped | Unfit { .. } | Failed { .. })) {
+                    if watch::is_last(&message) {
                         open.retain(|open| *open != id);
                     }
                 }

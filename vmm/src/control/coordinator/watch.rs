@@ -21,10 +21,10 @@ const SETTLE: Duration = Duration::from_millis(400);
 enum Rank {
     /// The guest did it.
     Guest,
-    /// A process is gone.
-    Gone,
     /// A member says what is wrong with its own host.
     Own,
+    /// A process is gone.
+    Gone,
     /// A member says what is wrong with another.
     Hearsay,
     /// A member is over for a reason that is a consequence.
@@ -114,7 +114,18 @@ impl Coordinator {
         Some(worst.1)
     }
 
-    async fn diagnose(&self, id: MemberId, message: Result<FromMember, CodecError>) -> Option<(Rank, End)> {
+    async fn diagnose(
+        &mut self,
+        id: MemberId,
+        message: Result<FromMember, CodecError>,
+    ) -> Option<(Rank, End)> {
+        if is_last(&message) {
+            // A connection that closes after a last word is no news.
+            if self.gone.contains(&id) {
+                return None;
+            }
+            self.gone.push(id);
+        }
         let host = self.host_of(id);
         let named = |reason: String| format!("{id} on {host}: {reason}");
         Some(match message {
@@ -157,4 +168,9 @@ impl Coordinator {
     fn host_of(&self, id: MemberId) -> String {
         self.links.get(usize::from(id.0)).map_or_else(|| "?".into(), |link| link.host.clone())
     }
+}
+
+/// True for what a member says last, and for the end of its connection.
+pub(super) fn is_last(message: &Result<FromMember, CodecError>) -> bool {
+    matches!(message, Err(_) | Ok(FromMember::Stopped | FromMember::Unfit { .. } | FromMember::Failed { .. }))
 }
