@@ -111,8 +111,8 @@ impl Aml for Peripheral {
                 ],
             )
             .to_aml_bytes(sink),
-            // Described by the FADT.
-            WindowKind::Power => {}
+            // Described by the FADT; not described because it is not there.
+            WindowKind::Power | WindowKind::Pit => {}
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The devices of one member, and the way to those of the others.
 
 use super::console::{Output, log_to_file};
+use super::pit::AbsentPit;
 use super::power::Power;
 use super::rtc::Rtc;
 use super::serial::Serial;
@@ -115,6 +116,7 @@ impl Platform {
             let device: Arc<dyn BusDevice> = match (window.kind, spec) {
                 (WindowKind::Power, _) => Arc::new(Power::new(events.clone())),
                 (WindowKind::Rtc, _) => Arc::new(Rtc::default()),
+                (WindowKind::Pit, _) => Arc::new(AbsentPit),
                 (_, Some(DeviceSpec::Serial { log, .. })) => {
                     let (device, handle) = serial(log.as_ref(), irq.clone(), window)?;
                     platform.serial = Some(handle);

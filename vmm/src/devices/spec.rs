@@ -15,6 +15,10 @@ pub const MAX_VIRTIO: u32 = IOAPIC_PINS - VIRTIO_GSI_BASE;
 pub const RTC_PORT: u16 = 0x70;
 /// Number of ports of the RTC.
 pub const RTC_PORTS: u16 = 2;
+/// First port of the interval timer that a VM does not have.
+pub const PIT_PORT: u16 = 0x40;
+/// Number of ports of the interval timer.
+pub const PIT_PORTS: u16 = 4;
 /// The member that has the power registers and the RTC.
 pub const BOARD_MEMBER: MemberId = MemberId(0);
 
@@ -84,6 +88,8 @@ pub enum WindowKind {
     Power,
     /// The RTC.
     Rtc,
+    /// Where an interval timer would be.
+    Pit,
 }
 
 impl WindowKind {
@@ -94,7 +100,7 @@ impl WindowKind {
     /// frees them right after a reset, so both must have happened by then.
     pub fn is_posted(self, offset: u64) -> bool {
         match self {
-            Self::Serial | Self::Rtc => true,
+            Self::Serial | Self::Rtc | Self::Pit => true,
             Self::Virtio => offset == u64::from(virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY),
             Self::Power => false,
         }
@@ -179,6 +185,7 @@ pub fn windows(specs: &[DeviceSpec]) -> Result<Vec<DeviceWindow>, SpecError> {
     let mut windows = vec![
         board(WindowKind::Power, SLEEP_CONTROL_PORT, RESET_PORT + 1 - SLEEP_CONTROL_PORT),
         board(WindowKind::Rtc, RTC_PORT, RTC_PORTS),
+        board(WindowKind::Pit, PIT_PORT, PIT_PORTS),
     ];
     let mut virtio = 0;
     for (index, spec) in specs.iter().enumerate() {
