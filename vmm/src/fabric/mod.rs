@@ -1,1 +1,363 @@
-//! What crosses members besides pages: interrupts, device accesses, queue notifies.
+//! What crosses members besides pages: interrupts, device accesses, queue notifies, clock samples, signs of life.
+//!
+//! Channel 1 of the mesh, one stream per peer. [`wire`] is the messages, `link` the sending half (never
+//! waits), [`requests`] the accesses that wait for an answer. Per peer one receive thread, which carries
+//! messages out through [`Handler`], and one writer thread, which sleeps unless the socket is full; one
+//! thread in all for heartbeats and clock samples.
+
+mod link;
+pub mod requests;
+pub mod wire;
+
+use crate::devices::Space;
+use crate::interrupts::InterruptMessage;
+use crate::time::filter::Sample;
+use dsm::addr::{Epoch, MemberId};
+use link::Link;
+use requests::{NoAnswer, Requests};
+use std::io::{self, Read};
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+use wire::{FRAME_LEN, Frame, Message, StopReason};
+use zerocopy::FromBytes;
+
+/// Between clock samples once the clock is known, and between looks at the peers' signs of life.
+const TICK: Duration = Duration::from_millis(100);
+/// Between clock samples until then.
+const FAST_TICK: Duration = Duration::from_millis(2);
+
+/// What the fabric's threads do with what comes. None of it may wait for a peer.
+pub trait Handler: Send + Sync {
+    /// For this member's vCPUs.
+    fn interrupt(&self, message: InterruptMessage, hops: u16);
+    /// Of a device here; all ones where none is.
+    fn read(&self, space: Space, addr: u64, data: &mut [u8]);
+    /// To a device here.
+    fn write(&self, space: Space, addr: u64, data: &[u8]);
+    /// To the IOAPIC, which is here.
+    fn set_level(&self, gsi: u32, high: bool);
+    /// To the IOAPIC, which is here.
+    fn end_of_interrupt(&self, vector: u8);
+    /// The guest's TSC here.
+    fn guest_tsc(&self) -> u64;
+    /// This host's TSC in the guest's units.
+    fn host_clock(&self) -> u64;
+    /// An answered clock sample.
+    fn clock_sample(&self, sample: Sample);
+    /// The clock is known well enough for samples at leisure.
+    fn clock_is_settled(&self) -> bool;
+    /// A peer ends the VM.
+    fn stopped(&self, peer: MemberId, reason: StopReason);
+    /// A peer is gone or misbehaves. At most once per peer.
+    fn peer_lost(&self, peer: MemberId, reason: String);
+}
+
+/// Why an access to another member's device failed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AccessError {
+    /// The member does not exist.
+    #[error("there is no {0}")]
+    NoMember(MemberId),
+    /// No answer in time.
+    #[error("{peer} did not answer an access to {addr:#x} within {within:?}")]
+    TimedOut {
+        /// Who.
+        peer: MemberId,
+        /// Which register.
+        addr: u64,
+        /// The deadline.
+        within: Duration,
+    },
+    /// The VM is ending.
+    #[error("{0}")]
+    Cancelled(String),
+}
+
+/// A member's links to all others.
+#[derive(Debug)]
+pub struct Fabric {
+    me: MemberId,
+    epoch: Epoch,
+    deadline: Duration,
+    links: Vec<Link>,
+    requests: Requests,
+    started: Instant,
+    /// The links that broke before a handler was there, or in `send`; reported by the tick thread.
+    broken: Mutex<Vec<(MemberId, String)>>,
+    ending: AtomicBool,
+    wake: Condvar,
+    wake_lock: Mutex<()>,
+    /// Messages to peers.
+    pub sent: AtomicU64,
+    /// Messages from peers.
+    pub received: AtomicU64,
+}
+
+impl Fabric {
+    /// Takes the streams over; nothing is received before [`Fabric::start`]. `deadline` is the longest silence
+    /// of a peer and the longest wait for an answer.
+    ///
+    /// # Errors
+    /// A socket option can't be set.
+    pub fn new(
+        me: MemberId,
+        epoch: Epoch,
+        deadline: Duration,
+        streams: Vec<(MemberId, TcpStream)>,
+    ) -> io::Result<Fabric> {
+        let links = streams.into_iter().map(|(peer, stream)| Link::new(peer, stream));
+        Ok(Fabric {
+            me,
+            epoch,
+            deadline,
+            links: links.collect::<io::Result<_>>()?,
+            requests: Requests::default(),
+            started: Instant::now(),
+            broken: Mutex::default(),
+            ending: AtomicBool::new(false),
+            wake: Condvar::new(),
+            wake_lock: Mutex::new(()),
+            sent: AtomicU64::new(0),
+            received: AtomicU64::new(0),
+        })
+    }
+
+    /// Starts the threads; they end after [`Fabric::close`].
+    ///
+    /// # Errors
+    /// A thread can't be had.
+    pub fn start<H: Handler + 'static>(self: &Arc<Fabric>, handler: &Arc<H>) -> io::Result<Vec<JoinHandle<()>>> {
+        let mut threads = Vec::new();
+        for index in 0..self.links.len() {
+            for (name, run) in [("recv", Fabric::receive as fn(&Fabric, usize, &H)), ("send", Fabric::drain)] {
+                let (fabric, handler) = (self.clone(), handler.clone());
+                let name = format!("fabric-{name}-{}", self.links.get(index).map_or(0, |l| l.peer.0));
+                threads.push(thread::Builder::new().name(name).spawn(move || run(&fabric, index, &*handler))?);
+            }
+        }
+        if !self.links.is_empty() {
+            let (fabric, handler) = (self.clone(), handler.clone());
+            let tick = thread::Builder::new().name("fabric-tick".into());
+            threads.push(tick.spawn(move || fabric.tick(&*handler))?);
+        }
+        Ok(threads)
+    }
+
+    /// The other members.
+    pub fn peers(&self) -> impl Iterator<Item = MemberId> + '_ {
+        self.links.iter().map(|l| l.peer)
+    }
+
+    /// Sends to one member. A broken link is reported through the handler, not here.
+    pub fn send(&self, to: MemberId, message: &Message) {
+        let Some(link) = self.links.iter().find(|l| l.peer == to) else { return };
+        self.sent.fetch_add(1, Ordering::Relaxed);
+        if let Err(reason) = link.send(&message.encode(self.me, self.epoch)) {
+            link.close();
+            self.broken.lock().unwrap_or_else(PoisonError::into_inner).push((to, reason));
+            self.wake.notify_all();
+        }
+    }
+
+    /// Sends to all members.
+    pub fn send_all(&self, message: &Message) {
+        self.links.iter().for_each(|l| self.send(l.peer, message));
+    }
+
+    /// Reads from a device of `to`; waits for the answer.
+    ///
+    /// # Errors
+    /// No answer.
+    pub fn read(&self, to: MemberId, space: Space, addr: u64, data: &mut [u8]) -> Result<(), AccessError> {
+        let size = u8::try_from(data.len()).unwrap_or(0);
+        let value = self.ask(to, addr, |token| Message::Read { token, space, addr, size })?;
+        data.iter_mut().zip(value.to_le_bytes()).for_each(|(to, from)| *to = from);
+        Ok(())
+    }
+
+    /// Writes to a device of `to`; waits until it is done unless `posted`. Writes of one thread keep their order.
+    ///
+    /// # Errors
+    /// No answer; never for a posted write.
+    pub fn write(
+        &self,
+        to: MemberId,
+        space: Space,
+        addr: u64,
+        bytes: &[u8],
+        posted: bool,
+    ) -> Result<(), AccessError> {
+        let size = u8::try_from(bytes.len()).unwrap_or(0);
+        let mut data = [0; 8];
+        data.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
+        let data = u64::from_le_bytes(data);
+        if posted {
+            self.send(to, &Message::Write { token: None, space, addr, size, data });
+            return Ok(());
+        }
+        self.ask(to, addr, |token| Message::Write { token: Some(token), space, addr, size, data }).map(|_| ())
+    }
+
+    fn ask(&self, to: MemberId, addr: u64, message: impl Fn(u64) -> Message) -> Result<u64, AccessError> {
+        if !self.peers().any(|p| p == to) {
+            return Err(AccessError::NoMember(to));
+        }
+        let token = self.requests.open(to);
+        self.send(to, &message(token));
+        self.requests.wait(token, self.deadline).map_err(|e| match e {
+            NoAnswer::TimedOut => AccessError::TimedOut { peer: to, addr, within: self.deadline },
+            NoAnswer::Cancelled(reason) => AccessError::Cancelled(reason),
+        })
+    }
+
+    /// Lets all accesses go that wait for an answer.
+    pub fn cancel(&self, reason: &str) {
+        self.requests.cancel(reason);
+    }
+
+    /// The VM is over here: from now on peers may leave. Links stay open for messages under way.
+    pub fn expect_end(&self) {
+        self.ending.store(true, Ordering::SeqCst);
+    }
+
+    /// True when every peer has said that it ends, or is gone.
+    pub fn all_leaving(&self) -> bool {
+        self.links.iter().all(Link::is_leaving)
+    }
+
+    /// Ends all threads.
+    pub fn close(&self) {
+        self.expect_end();
+        self.requests.cancel("the VM is over");
+        self.links.iter().for_each(Link::close);
+        self.wake.notify_all();
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn lost<H: Handler>(&self, link: &Link, reason: String, handler: &H) {
+        let expected = link.is_leaving() || self.ending.load(Ordering::SeqCst);
+        link.close();
+        if !expected {
+            handler.peer_lost(link.peer, reason);
+        }
+    }
+
+    fn drain<H: Handler>(&self, index: usize, handler: &H) {
+        let Some(link) = self.links.get(index) else { return };
+        if let Err(reason) = link.drain(self.deadline) {
+            self.lost(link, reason, handler);
+        }
+    }
+
+    fn receive<H: Handler>(&self, index: usize, handler: &H) {
+        let Some(link) = self.links.get(index) else { return };
+        if let Err(reason) = self.receive_all(link, handler) {
+            self.lost(link, reason, handler);
+        }
+    }
+
+    fn receive_all<H: Handler>(&self, link: &Link, handler: &H) -> Result<(), String> {
+        let mut buffer = vec![0u8; FRAME_LEN * 256];
+        let mut have = 0;
+        loop {
+            let free = buffer.get_mut(have..).unwrap_or(&mut []);
+            match link.reader().read(free) {
+                Ok(0) => return Err("connection closed".into()),
+                Ok(n) => have += n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) => return Err(format!("connection lost: {e}")),
+            }
+            link.heard(self.now_ms());
+            let whole = have - have % FRAME_LEN;
+            for bytes in buffer.get(..whole).unwrap_or(&[]).chunks_exact(FRAME_LEN) {
+                let frame = Frame::read_from_bytes(bytes).map_err(|_| "frame of wrong length".to_owned())?;
+                let message = Message::decode(&frame, link.peer, self.epoch).map_err(|e| e.to_string())?;
+                self.received.fetch_add(1, Ordering::Relaxed);
+                self.carry_out(link, message, handler);
+            }
+            buffer.copy_within(whole..have, 0);
+            have -= whole;
+        }
+    }
+
+    fn carry_out<H: Handler>(&self, link: &Link, message: Message, handler: &H) {
+        match message {
+            Message::Interrupt { message, hops } => handler.interrupt(message, hops),
+            Message::Read { token, space, addr, size } => {
+                let mut data = [0; 8];
+                if let Some(data) = data.get_mut(..usize::from(size)) {
+                    handler.read(space, addr, data);
+                }
+                self.send(link.peer, &Message::Done { token, data: u64::from_le_bytes(data) });
+            }
+            Message::Write { token, space, addr, size, data } => {
+                if let Some(bytes) = data.to_le_bytes().get(..usize::from(size)) {
+                    handler.write(space, addr, bytes);
+                }
+                if let Some(token) = token {
+                    self.send(link.peer, &Message::Done { token, data: 0 });
+                }
+            }
+            Message::Done { token, data } => self.requests.complete(link.peer, token, data),
+            Message::SetLevel { gsi, high } => handler.set_level(gsi, high),
+            Message::Eoi { vector } => handler.end_of_interrupt(vector),
+            Message::Ping { sent } => {
+                let received = handler.guest_tsc();
+                let answered = handler.guest_tsc();
+                self.send(link.peer, &Message::Pong { sent, received, answered });
+            }
+            Message::Pong { sent, received, answered } => handler.clock_sample(Sample {
+                sent,
+                remote_received: received,
+                remote_sent: answered,
+                received: handler.host_clock(),
+            }),
+            Message::Heartbeat => {}
+            Message::Stop(reason) => {
+                link.set_leaving();
+                handler.stopped(link.peer, reason);
+            }
+        }
+    }
+
+    /// Heartbeats, clock samples, and who has been silent for too long.
+    fn tick<H: Handler>(&self, handler: &H) {
+        let limit = u64::try_from(self.deadline.as_millis()).unwrap_or(u64::MAX);
+        let coordinator = MemberId(0);
+        let mut last_beat = None;
+        loop {
+            if self.links.iter().all(Link::is_leaving) && self.ending.load(Ordering::SeqCst) {
+                return;
+            }
+            let pause = if self.me == coordinator || handler.clock_is_settled() { TICK } else { FAST_TICK };
+            let guard = self.wake_lock.lock().unwrap_or_else(PoisonError::into_inner);
+            let woken = self.wake.wait_timeout(guard, pause);
+            drop(woken);
+            let broken = std::mem::take(&mut *self.broken.lock().unwrap_or_else(PoisonError::into_inner));
+            for (peer, reason) in broken {
+                if !self.ending.load(Ordering::SeqCst) {
+                    handler.peer_lost(peer, reason);
+                }
+            }
+            if self.me != coordinator {
+                self.send(coordinator, &Message::Ping { sent: handler.host_clock() });
+            }
+            if last_beat.is_none_or(|at: Instant| at.elapsed() >= TICK) {
+                self.send_all(&Message::Heartbeat);
+                last_beat = Some(Instant::now());
+            }
+            let now = self.now_ms();
+            for link in self.links.iter().filter(|l| !l.is_leaving()) {
+                if now.saturating_sub(link.heard_ms.load(Ordering::Relaxed)) > limit {
+                    self.lost(link, format!("nothing was heard from it for {:?}", self.deadline), handler);
+                }
+            }
+        }
+    }
+}

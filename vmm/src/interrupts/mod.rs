@@ -5,6 +5,7 @@
 pub mod bits;
 pub mod ioapic;
 pub mod lapic;
+pub mod routing;
 
 use serde::{Deserialize, Serialize};
 

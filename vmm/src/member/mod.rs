@@ -1,13 +1,18 @@
 //! One host's part of a VM: wires memory, vCPUs, interrupts and devices together.
 //!
 //! [`facts`] says what the host can do, [`plan`] what this member is to be, [`event`] what it reports,
-//! [`stats`] what it counts; [`runtime`] is the member itself.
+//! [`stats`] what it counts; [`runtime`] is the member itself. Inside: [`ram`] (guest memory), [`switchboard`]
+//! (where interrupts go), [`machine`] (what vCPUs and peers can access), [`watch`] (when it is over).
 
 pub mod event;
 pub mod facts;
+pub mod machine;
 pub mod plan;
+pub mod ram;
 pub mod runtime;
 pub mod stats;
+pub mod switchboard;
+pub mod watch;
 
 pub use crate::devices::ConsoleHandle;
 pub use event::{MemberEvent, VmExit};

@@ -1,11 +1,42 @@
 //! The member: joins its peers, owns every thread of the VM on this host.
+//!
+//! Order of life: [`Member::join`] connects (mesh), maps memory, starts the fabric, agrees on the clock, makes
+//! VM, vCPUs and devices; [`Member::load`] fills memory; [`Member::run`] lets the vCPU threads go;
+//! [`super::watch`] decides when it is over; [`Member::stop`] and `Drop` take everything down in the reverse
+//! order.
 
 use super::event::MemberEvent;
+use super::machine::MemberMachine;
 use super::plan::{BootImages, MemberPlan};
+use super::ram::GuestRam;
 use super::stats::MemberStats;
-use crate::devices::ConsoleHandle;
+use super::switchboard::Switchboard;
+use super::watch::{Happening, Watch};
+use crate::acpi::{self, AcpiError};
+use crate::boot::{self, BootError, BootRequest};
+use crate::devices::{ConsoleHandle, Platform, PlatformError};
+use crate::fabric::Fabric;
+use crate::kvm::cpuid::package_shift;
+use crate::kvm::exec::Runner;
+use crate::kvm::handle::VcpuHandle;
+use crate::kvm::vcpu::Vcpu;
+use crate::kvm::vm::{KvmError, Vm};
+use crate::time::discipline::{Discipline, SAME_FREQUENCY_PPM};
+use crate::time::tsc::{GuestClock, TscScale, needs_scaling};
+use crate::topology::Topology;
+use dsm::addr::MemberId;
+use dsm::node::DsmError;
+use dsm::transport::mesh::{MeshConfig, MeshError, connect};
 use std::net::TcpListener;
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+/// Longest silence of a peer while the guest runs, whatever the plan's deadline for starting is.
+const RUNNING_DEADLINE: Duration = Duration::from_secs(20);
+/// Longest wait in `stop` for each of: vCPU threads, peers' farewells, devices' workers.
+const STOP_GRACE: Duration = Duration::from_secs(3);
 
 /// Why a member did not start.
 #[derive(Debug, thiserror::Error)]
@@ -13,15 +44,88 @@ pub enum MemberError {
     /// The plan contradicts itself.
     #[error("bad plan: {0}")]
     Plan(String),
-    /// Not called at the member that boots the guest, or called twice.
+    /// Called in the wrong order, or at the wrong member.
     #[error("{0}")]
     Order(&'static str),
+    /// A peer is missing.
+    #[error(transparent)]
+    Mesh(#[from] MeshError),
+    /// The shared memory can't be made or filled.
+    #[error(transparent)]
+    Dsm(#[from] DsmError),
+    /// Plain memory can't be made or filled.
+    #[error("guest memory: {0}")]
+    Memory(String),
+    /// KVM refused something.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// A device can't be made.
+    #[error(transparent)]
+    Platform(#[from] PlatformError),
+    /// The VM can't be described to the guest.
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
+    /// The images can't be booted.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The coordinator's clock is not known.
+    #[error("member 0 did not answer enough clock samples within {0:?}")]
+    Clock(Duration),
+    /// Frequencies differ too much.
+    #[error(
+        "this host's TSC runs at {host_khz} kHz, the guest's is to run at {guest_khz} kHz, and this CPU can't scale it: \
+         use hosts of one frequency, or let this one be the first member"
+    )]
+    TscFrequency {
+        /// Of this host.
+        host_khz: u32,
+        /// Of the plan.
+        guest_khz: u32,
+    },
+    /// A thread or a socket can't be had.
+    #[error("can't start {what}: {source}")]
+    Start {
+        /// What.
+        what: &'static str,
+        /// Why.
+        source: std::io::Error,
+    },
 }
 
-/// A running (or ready to run) member. Dropping it stops its vCPUs and joins its threads.
-#[derive(Debug)]
+/// What `run` and `stop` take apart.
+struct Parts {
+    /// vCPUs that have not been let go yet.
+    waiting: Vec<Vcpu>,
+    vcpu_threads: Vec<JoinHandle<()>>,
+    fabric_threads: Vec<JoinHandle<()>>,
+    other_threads: Vec<JoinHandle<()>>,
+    machine: Option<Arc<MemberMachine>>,
+    ram: Option<GuestRam>,
+    vm: Option<Vm>,
+    loaded: bool,
+    running: bool,
+}
+
+/// A member. Dropping it stops its vCPUs and joins its threads.
 pub struct Member {
     plan: MemberPlan,
+    switchboard: Arc<Switchboard>,
+    fabric: Arc<Fabric>,
+    clock: Arc<GuestClock>,
+    console: Option<ConsoleHandle>,
+    happenings: Sender<Happening>,
+    events: Sender<MemberEvent>,
+    parts: Mutex<Parts>,
+}
+
+impl std::fmt::Debug for Member {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Member").field("vm", &self.plan.vm).field("me", &self.plan.me).finish_non_exhaustive()
+    }
+}
+
+fn start(what: &'static str) -> impl Fn(std::io::Error) -> MemberError {
+    move |source| MemberError::Start { what, source }
 }
 
 impl Member {
@@ -35,8 +139,102 @@ impl Member {
         listener: TcpListener,
         events: Sender<MemberEvent>,
     ) -> Result<Member, MemberError> {
-        let _ = (listener, events);
-        Ok(Member { plan })
+        let topology = Arc::new(plan.topology.clone());
+        check(&plan)?;
+        let deadline = plan.deadline.min(RUNNING_DEADLINE);
+        let end = Instant::now() + plan.deadline;
+        let (page_links, fabric_links) = connect_peers(&plan, listener)?;
+        let vm = Vm::new()?;
+        let ram = GuestRam::new(&plan, deadline, page_links)?;
+        for (slot, (gpa, len, hva)) in (0u32..).zip(ram.slots()) {
+            // SAFETY: guest memory of ours; `Parts` keeps it until all vCPUs are gone.
+            unsafe { vm.map(slot, *gpa, *len, *hva) }?;
+        }
+
+        let fabric = Fabric::new(plan.me, topology.epoch, deadline, fabric_links).map_err(start("a link"))?;
+        let fabric = Arc::new(fabric);
+        let handles: Vec<_> = topology.vcpus_of(plan.me).map(|id| Arc::new(VcpuHandle::new(id))).collect();
+        let members = u16::try_from(topology.members.len()).unwrap_or(u16::MAX);
+        let board = Switchboard::new(plan.me, topology.vcpus.clone(), members, handles.clone(), fabric.clone());
+        let switchboard = Arc::new(board);
+        let (happenings, happened) = channel();
+        let (platform_tx, platform_rx) = channel();
+        let platform =
+            Platform::build(&plan.devices, plan.me, ram.mmap().clone(), switchboard.clone(), platform_tx)?;
+        let console = platform.serial_console().cloned();
+
+        let clock = Arc::new(guest_clock(&plan, &vm)?);
+        let follows = plan.me != MemberId(0) && !is_software_kvm();
+        let machine = Arc::new(MemberMachine {
+            switchboard: switchboard.clone(),
+            platform,
+            fabric: fabric.clone(),
+            clock: clock.clone(),
+            discipline: follows.then(|| Discipline::new(clock.clone())),
+            happenings: happenings.clone(),
+        });
+        let watch = Watch {
+            topology: topology.clone(),
+            switchboard: switchboard.clone(),
+            fabric: fabric.clone(),
+            events: events.clone(),
+            happenings: happened,
+        };
+        let spawn = |name: &str| thread::Builder::new().name(name.into());
+        let mut parts = Parts {
+            waiting: Vec::new(),
+            vcpu_threads: Vec::new(),
+            fabric_threads: Vec::new(),
+            other_threads: vec![spawn("watch").spawn(move || watch.run()).map_err(start("a thread"))?],
+            machine: Some(machine.clone()),
+            ram: Some(ram),
+            vm: None,
+            loaded: plan.me != MemberId(0),
+            running: false,
+        };
+        let forward = happenings.clone();
+        let forwarder = spawn("platform-events").spawn(move || {
+            platform_rx.iter().map(Happening::Platform).for_each(|h| drop(forward.send(h)));
+        });
+        parts.other_threads.push(forwarder.map_err(start("a thread"))?);
+        // From here on `Drop` cleans up if something fails.
+        let member = Member {
+            switchboard,
+            fabric: fabric.clone(),
+            clock: clock.clone(),
+            console,
+            happenings: happenings.clone(),
+            events,
+            parts: Mutex::new(parts),
+            plan,
+        };
+        let mut parts = member.parts();
+        if let Some(dsm) = parts.ram.as_ref().and_then(GuestRam::dsm) {
+            // `Sender` is Sync, so this is called from whatever thread of the memory fails.
+            dsm.on_failure(Box::new(move |failure| drop(happenings.send(Happening::Memory(failure)))));
+        }
+        parts.fabric_threads = fabric.start(&machine).map_err(start("a thread"))?;
+        if let Some(discipline) = &machine.discipline {
+            while !discipline.is_settled() {
+                if Instant::now() >= end {
+                    return Err(MemberError::Clock(member.plan.deadline));
+                }
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+        let shift = package_shift(&topology.vcpus);
+        for handle in &handles {
+            let cpuid = member.plan.cpuid.for_vcpu(handle.id(), shift, member.plan.tsc_khz);
+            let base = handle.apic().base();
+            parts.waiting.push(Vcpu::new(&vm, handle.id(), base, &cpuid, &clock)?);
+        }
+        parts.vm = Some(vm);
+        drop(parts);
+        Ok(member)
+    }
+
+    fn parts(&self) -> MutexGuard<'_, Parts> {
+        self.parts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Puts kernel, initrd, boot parameters and ACPI tables into guest memory. Member 0 only, once, before
@@ -45,7 +243,34 @@ impl Member {
     /// # Errors
     /// A damaged image, or one that does not fit.
     pub fn load(&self, images: BootImages) -> Result<(), MemberError> {
-        let _ = images;
+        let mut parts = self.parts();
+        if self.plan.me != MemberId(0) {
+            return Err(MemberError::Order("only member 0 loads the kernel"));
+        }
+        if parts.running || parts.loaded {
+            return Err(MemberError::Order("a kernel is loaded already"));
+        }
+        let (Some(machine), Some(ram)) = (&parts.machine, &parts.ram) else {
+            return Err(MemberError::Order("the member has been stopped"));
+        };
+        let acpi = acpi::build(&self.plan.topology, machine.platform.windows())?;
+        let cmdline = with_tsc_options(&images.cmdline, self.plan.tsc_khz);
+        let request = BootRequest {
+            kernel: &images.kernel,
+            initrd: images.initrd.as_deref(),
+            cmdline: &cmdline,
+            memory: &self.plan.topology.memory,
+            loader: self.plan.me,
+            acpi: &acpi,
+        };
+        let entry = boot::load_kernel(&request, &mut |gpa, bytes| ram.preload(gpa, bytes).map_err(Into::into))?;
+        let Some(vcpu) = parts.waiting.iter().find(|v| v.id() == 0) else {
+            return Err(MemberError::Plan("vCPU 0 does not live on member 0".into()));
+        };
+        let mut sregs = vcpu.reset_sregs();
+        entry.apply_sregs(&mut sregs);
+        vcpu.set_state(&entry.regs(), &sregs)?;
+        parts.loaded = true;
         Ok(())
     }
 
@@ -55,27 +280,243 @@ impl Member {
     /// # Errors
     /// Not loaded yet, or already running.
     pub fn run(&self) -> Result<(), MemberError> {
+        let mut parts = self.parts();
+        if !parts.loaded {
+            return Err(MemberError::Order("no kernel is loaded"));
+        }
+        if std::mem::replace(&mut parts.running, true) {
+            return Err(MemberError::Order("the member runs already"));
+        }
+        let Some(machine) = parts.machine.clone() else {
+            return Err(MemberError::Order("the member has been stopped"));
+        };
+        if let Some(discipline) = &machine.discipline {
+            discipline.start();
+        }
+        for vcpu in std::mem::take(&mut parts.waiting) {
+            let Some(handle) = self.switchboard.vcpus().iter().find(|h| h.id() == vcpu.id()) else { continue };
+            let id = vcpu.id();
+            let runner = Runner::new(vcpu, handle.clone(), self.clock.clone(), machine.clone());
+            let tell = self.happenings.clone();
+            let thread = thread::Builder::new().name(format!("vcpu-{id}")).spawn(move || {
+                // The watch thread outlives this one, unless the process ends.
+                let _ = tell.send(Happening::VcpuStarted(id));
+                let end = runner.run();
+                let _ = tell.send(Happening::VcpuEnded(id, end));
+            });
+            parts.vcpu_threads.push(thread.map_err(start("a vCPU thread"))?);
+        }
+        // Whoever started the member may have gone.
+        let _ = self.events.send(MemberEvent::Running);
         Ok(())
     }
 
-    /// Ends the guest on this member: vCPUs leave, threads end, peers are told. Idempotent; waits for the
-    /// threads, at most the plan's deadline.
+    /// Ends the guest on this member: vCPUs leave, threads end, peers are told. Idempotent; bounded by about
+    /// ten seconds. A vCPU or device thread that can't be ended (it waits for a page of a dead peer) is left
+    /// behind together with the memory it waits for, until the process ends.
     pub fn stop(&self, reason: &str) {
-        let _ = reason;
+        // The watch thread may be gone if stop was called before.
+        let _ = self.happenings.send(Happening::Stop(reason.to_owned()));
+        self.switchboard.vcpus().iter().for_each(|v| v.stop());
+        self.fabric.cancel(reason);
+        let mut parts = self.parts();
+        let stopped = join_within(&mut parts.vcpu_threads, STOP_GRACE);
+        if parts.vm.is_some() {
+            let end = Instant::now() + STOP_GRACE;
+            while !self.fabric.all_leaving() && Instant::now() < end {
+                thread::sleep(Duration::from_millis(5));
+            }
+        }
+        self.fabric.close();
+        let quiet = join_within(&mut parts.fabric_threads, STOP_GRACE);
+        parts.waiting.clear();
+        let devices = parts.machine.take().is_none_or(retire_machine);
+        if let Some(ram) = parts.ram.take() {
+            if stopped && quiet && devices {
+                parts.vm = None;
+                // SAFETY: all vCPU threads, fabric threads and devices have ended.
+                unsafe { ram.retire() };
+            } else {
+                tracing::warn!("threads of {} wait for memory; they end with the process", self.plan.vm);
+                std::mem::forget((ram, parts.vm.take()));
+            }
+        }
+        let _ = self.happenings.send(Happening::Quit);
+        join_within(&mut parts.other_threads, STOP_GRACE);
     }
 
     /// Everything that is counted, as of now.
     pub fn stats(&self) -> MemberStats {
-        MemberStats::default()
+        let parts = self.parts();
+        let relaxed = std::sync::atomic::Ordering::Relaxed;
+        let discipline = parts.machine.as_ref().and_then(|m| m.discipline.as_ref());
+        MemberStats {
+            vcpus: self.switchboard.vcpus().iter().map(|v| v.stats()).collect(),
+            memory: parts.ram.as_ref().map(GuestRam::snapshot).unwrap_or_default(),
+            clock_skew_bound_ns: discipline.map_or(0, Discipline::bound_ns),
+            fabric_sent: self.fabric.sent.load(relaxed),
+            fabric_received: self.fabric.received.load(relaxed),
+        }
     }
 
     /// The serial console, on the member that has the serial port.
     pub fn console(&self) -> Option<ConsoleHandle> {
-        None
+        self.console.clone()
     }
 
     /// The orders this member was started with.
     pub fn plan(&self) -> &MemberPlan {
         &self.plan
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        self.stop("the member was dropped");
+    }
+}
+
+/// Waits for threads; false if some did not end in time. Those that did are joined.
+fn join_within(threads: &mut Vec<JoinHandle<()>>, grace: Duration) -> bool {
+    let end = Instant::now() + grace;
+    while threads.iter().any(|t| !t.is_finished()) && Instant::now() < end {
+        thread::sleep(Duration::from_millis(1));
+    }
+    let (done, stuck): (Vec<_>, Vec<_>) = threads.drain(..).partition(JoinHandle::is_finished);
+    for thread in done {
+        if thread.join().is_err() {
+            tracing::error!("a thread panicked");
+        }
+    }
+    *threads = stuck;
+    threads.is_empty()
+}
+
+/// Drops the devices, whose workers may wait for memory. False if somebody still has them or they don't end.
+fn retire_machine(machine: Arc<MemberMachine>) -> bool {
+    let Some(machine) = Arc::into_inner(machine) else { return false };
+    match thread::Builder::new().name("retire-devices".into()).spawn(move || drop(machine)) {
+        Ok(thread) => join_within(&mut vec![thread], STOP_GRACE),
+        Err(_) => false,
+    }
+}
+
+type Links = Vec<(MemberId, std::net::TcpStream)>;
+
+/// The mesh: a stream to every peer for pages, and one for the fabric.
+fn connect_peers(plan: &MemberPlan, listener: TcpListener) -> Result<(Links, Links), MemberError> {
+    let peers: Vec<_> =
+        plan.topology.members.iter().filter(|m| m.id != plan.me).map(|m| (m.id, m.addr)).collect();
+    if peers.is_empty() {
+        return Ok((Vec::new(), Vec::new()));
+    }
+    let links = connect(
+        listener,
+        &MeshConfig {
+            me: plan.me,
+            vm: plan.vm.clone(),
+            epoch: plan.topology.epoch,
+            peers,
+            secret: plan.secret.clone(),
+            deadline: plan.deadline,
+            channels: 2,
+        },
+    )?;
+    let (mut pages, mut fabric) = (Vec::new(), Vec::new());
+    for link in links {
+        let mut streams = link.streams.into_iter();
+        let (Some(a), Some(b)) = (streams.next(), streams.next()) else {
+            return Err(MemberError::Plan(format!("{} has no two links", link.peer)));
+        };
+        pages.push((link.peer, a));
+        fabric.push((link.peer, b));
+    }
+    Ok((pages, fabric))
+}
+
+fn check(plan: &MemberPlan) -> Result<(), MemberError> {
+    let Topology { members, vcpus, memory, .. } = &plan.topology;
+    let bad = |text: String| Err(MemberError::Plan(text));
+    for (n, member) in (0u16..).zip(members) {
+        if member.id != MemberId(n) {
+            return bad(format!("{} stands at place {n}", member.id));
+        }
+    }
+    let exists = |m: &MemberId| usize::from(m.0) < members.len();
+    if !exists(&plan.me) {
+        return bad(format!("there is no {}", plan.me));
+    }
+    if vcpus.first() != Some(&MemberId(0)) {
+        return bad("vCPU 0 must live on member 0".into());
+    }
+    if let Some(stray) = vcpus.iter().chain(memory.iter().map(|r| &r.home)).find(|m| !exists(m)) {
+        return bad(format!("vCPUs or memory on {stray}, which does not exist"));
+    }
+    if plan.cpuid.0.is_empty() {
+        return bad("no CPUID".into());
+    }
+    if plan.tsc_khz == 0 {
+        return bad("no TSC frequency".into());
+    }
+    Ok(())
+}
+
+fn is_software_kvm() -> bool {
+    !["kvm_intel", "kvm_amd"].iter().any(|m| std::path::Path::new("/sys/module").join(m).join("parameters").exists())
+}
+
+/// The clock of this member's vCPUs. The coordinator's starts at zero now; the others' are set by samples
+/// before any vCPU exists.
+fn guest_clock(plan: &MemberPlan, vm: &Vm) -> Result<GuestClock, MemberError> {
+    if is_software_kvm() {
+        // Its guests read the host's TSC, whatever the offset.
+        return Ok(GuestClock::new(TscScale::IDENTITY, plan.tsc_khz, 0));
+    }
+    let host_khz = super::facts::host_tsc_khz().unwrap_or(plan.tsc_khz);
+    let scale = if !needs_scaling(plan.tsc_khz, host_khz) {
+        TscScale::IDENTITY
+    } else if vm.has_tsc_scaling() {
+        let is_intel = std::path::Path::new("/sys/module/kvm_intel/parameters").exists();
+        TscScale::new(plan.tsc_khz, host_khz, if is_intel { 48 } else { 32 })
+    } else {
+        let apart = u64::from(plan.tsc_khz.abs_diff(host_khz)) * 1_000_000;
+        if apart > u64::from(host_khz) * SAME_FREQUENCY_PPM {
+            return Err(MemberError::TscFrequency { host_khz, guest_khz: plan.tsc_khz });
+        }
+        // The same frequency, measured differently by the two kernels: the samples show the real rate.
+        TscScale::IDENTITY
+    };
+    let clock = GuestClock::new(scale, plan.tsc_khz, 0);
+    clock.set_offset(clock.scaled_now().wrapping_neg());
+    Ok(clock)
+}
+
+/// Tells Linux the TSC's frequency and that it can be trusted, as there is no PIT to measure it with; what the
+/// user says has precedence.
+fn with_tsc_options(cmdline: &str, tsc_khz: u32) -> String {
+    let given = |name: &str| cmdline.split_ascii_whitespace().any(|word| word.split('=').next() == Some(name));
+    let mut result = cmdline.trim().to_owned();
+    let mut add = |name: &str, option: String| {
+        if !given(name) {
+            if !result.is_empty() {
+                result.push(' ');
+            }
+            result.push_str(&option);
+        }
+    };
+    add("tsc_early_khz", format!("tsc_early_khz={tsc_khz}"));
+    add("tsc", "tsc=reliable".into());
+    add("no_timer_check", "no_timer_check".into());
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_users_clock_options_win() {
+        assert_eq!(with_tsc_options("", 5), "tsc_early_khz=5 tsc=reliable no_timer_check");
+        assert_eq!(with_tsc_options("quiet tsc=unstable", 5), "quiet tsc=unstable tsc_early_khz=5 no_timer_check");
     }
 }

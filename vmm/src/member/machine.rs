@@ -1,0 +1,173 @@
+//! What a vCPU sees around it on this member, and what peers may ask of this member. Both come down to the
+//! switchboard for interrupts and to the platform for devices.
+
+use super::switchboard::{Switchboard, count_remote};
+use super::watch::Happening;
+use crate::devices::{Platform, Route, Space};
+use crate::fabric::wire::StopReason;
+use crate::fabric::{Fabric, Handler};
+use crate::interrupts::{InterruptMessage, IrqLines};
+use crate::kvm::exec::Machine;
+use crate::kvm::handle::VcpuHandle;
+use crate::layout::{IOAPIC_SIZE, IOAPIC_START};
+use crate::time::discipline::Discipline;
+use crate::time::filter::Sample;
+use crate::time::tsc::GuestClock;
+use dsm::addr::MemberId;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+
+/// One member's machine.
+#[derive(Debug)]
+pub struct MemberMachine {
+    pub(super) switchboard: Arc<Switchboard>,
+    pub(super) platform: Platform,
+    pub(super) fabric: Arc<Fabric>,
+    pub(super) clock: Arc<GuestClock>,
+    /// `None` at the coordinator, and where the clock can't be set.
+    pub(super) discipline: Option<Discipline>,
+    pub(super) happenings: Sender<Happening>,
+}
+
+/// Offset in the IOAPIC's window, if the address is there.
+fn ioapic_offset(space: Space, addr: u64) -> Option<u64> {
+    let offset = addr.checked_sub(IOAPIC_START)?;
+    (space == Space::Mmio && offset < IOAPIC_SIZE).then_some(offset)
+}
+
+impl MemberMachine {
+    fn local_read(&self, space: Space, addr: u64, data: &mut [u8]) {
+        match (ioapic_offset(space, addr), self.switchboard.ioapic()) {
+            (Some(offset), Some(ioapic)) => ioapic.mmio_read(offset, data),
+            _ => {
+                self.platform.bus(space).read(addr, data);
+            }
+        }
+    }
+
+    fn local_write(&self, space: Space, addr: u64, data: &[u8]) {
+        match (ioapic_offset(space, addr), self.switchboard.ioapic()) {
+            (Some(offset), Some(mut ioapic)) => {
+                let messages = ioapic.mmio_write(offset, data);
+                drop(ioapic);
+                messages.iter().for_each(|m| self.switchboard.send(m));
+            }
+            _ => {
+                self.platform.bus(space).write(addr, data);
+            }
+        }
+    }
+
+    /// The member to ask, and whether a write needs no answer; `None` if the access is local or nowhere.
+    fn remote(&self, space: Space, addr: u64, len: usize) -> Option<(MemberId, bool)> {
+        if ioapic_offset(space, addr).is_some() {
+            return self.switchboard.ioapic().is_none().then(|| (self.switchboard.ioapic_member(), false));
+        }
+        match self.platform.route(space, addr, len) {
+            Route::Remote { member, posted } => Some((member, posted)),
+            Route::Local(..) | Route::Unmapped => None,
+        }
+    }
+
+    fn access_read(&self, vcpu: &VcpuHandle, space: Space, addr: u64, data: &mut [u8]) -> Result<(), String> {
+        let Some((member, _)) = self.remote(space, addr, data.len()) else {
+            self.local_read(space, addr, data);
+            return Ok(());
+        };
+        count_remote(vcpu);
+        self.fabric.read(member, space, addr, data).map_err(|e| e.to_string())
+    }
+
+    fn access_write(&self, vcpu: &VcpuHandle, space: Space, addr: u64, data: &[u8]) -> Result<(), String> {
+        let Some((member, posted)) = self.remote(space, addr, data.len()) else {
+            self.local_write(space, addr, data);
+            return Ok(());
+        };
+        count_remote(vcpu);
+        self.fabric.write(member, space, addr, data, posted).map_err(|e| e.to_string())
+    }
+
+    fn tell(&self, happening: Happening) {
+        // Nobody listens any more once the member is being dropped.
+        let _ = self.happenings.send(happening);
+    }
+}
+
+impl Machine for MemberMachine {
+    fn port_read(&self, vcpu: &VcpuHandle, port: u16, data: &mut [u8]) -> Result<(), String> {
+        self.access_read(vcpu, Space::Pio, u64::from(port), data)
+    }
+
+    fn port_write(&self, vcpu: &VcpuHandle, port: u16, data: &[u8]) -> Result<(), String> {
+        self.access_write(vcpu, Space::Pio, u64::from(port), data)
+    }
+
+    fn memory_read(&self, vcpu: &VcpuHandle, addr: u64, data: &mut [u8]) -> Result<(), String> {
+        self.access_read(vcpu, Space::Mmio, addr, data)
+    }
+
+    fn memory_write(&self, vcpu: &VcpuHandle, addr: u64, data: &[u8]) -> Result<(), String> {
+        self.access_write(vcpu, Space::Mmio, addr, data)
+    }
+
+    fn send_ipi(&self, from: &VcpuHandle, x2apic: bool, message: &InterruptMessage) {
+        self.switchboard.send_ipi(from, x2apic, message);
+    }
+
+    fn end_of_interrupt(&self, vector: u8) {
+        self.switchboard.end_of_interrupt(vector);
+    }
+}
+
+impl Handler for MemberMachine {
+    fn interrupt(&self, message: InterruptMessage, hops: u16) {
+        self.switchboard.from_peer(&message, hops);
+    }
+
+    fn read(&self, space: Space, addr: u64, data: &mut [u8]) {
+        self.local_read(space, addr, data);
+    }
+
+    fn write(&self, space: Space, addr: u64, data: &[u8]) {
+        self.local_write(space, addr, data);
+    }
+
+    fn set_level(&self, gsi: u32, high: bool) {
+        // Only for the IOAPIC's member; elsewhere it would travel back and forth.
+        if self.switchboard.ioapic().is_some() {
+            self.switchboard.set_level(gsi, high);
+        }
+    }
+
+    fn end_of_interrupt(&self, vector: u8) {
+        if self.switchboard.ioapic().is_some() {
+            self.switchboard.end_of_interrupt(vector);
+        }
+    }
+
+    fn guest_tsc(&self) -> u64 {
+        self.clock.now()
+    }
+
+    fn host_clock(&self) -> u64 {
+        self.clock.scaled_now()
+    }
+
+    fn clock_sample(&self, sample: Sample) {
+        if self.discipline.as_ref().is_some_and(|d| d.sample(sample)) {
+            self.switchboard.vcpus().iter().for_each(|v| v.clock_changed());
+        }
+    }
+
+    fn clock_is_settled(&self) -> bool {
+        self.discipline.as_ref().is_none_or(Discipline::is_settled)
+    }
+
+    fn stopped(&self, peer: MemberId, reason: StopReason) {
+        self.tell(Happening::PeerStopped(peer, reason));
+    }
+
+    fn peer_lost(&self, peer: MemberId, reason: String) {
+        self.tell(Happening::PeerLost(peer, reason));
+    }
+}
