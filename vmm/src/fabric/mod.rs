@@ -129,13 +129,18 @@ impl Fabric {
     ///
     /// # Errors
     /// A thread can't be had.
-    pub fn start<H: Handler + 'static>(self: &Arc<Fabric>, handler: &Arc<H>) -> io::Result<Vec<JoinHandle<()>>> {
+    pub fn start<H: Handler + 'static>(
+        self: &Arc<Fabric>,
+        handler: &Arc<H>,
+    ) -> io::Result<Vec<JoinHandle<()>>> {
         let mut threads = Vec::new();
         for index in 0..self.links.len() {
-            for (name, run) in [("recv", Fabric::receive as fn(&Fabric, usize, &H)), ("send", Fabric::drain)] {
+            for (name, run) in [("recv", Fabric::receive as fn(&Fabric, usize, &H)), ("send", Fabric::drain)]
+            {
                 let (fabric, handler) = (self.clone(), handler.clone());
                 let name = format!("fabric-{name}-{}", self.links.get(index).map_or(0, |l| l.peer.0));
-                threads.push(thread::Builder::new().name(name).spawn(move || run(&fabric, index, &*handler))?);
+                threads
+                    .push(thread::Builder::new().name(name).spawn(move || run(&fabric, index, &*handler))?);
             }
         }
         if !self.links.is_empty() {

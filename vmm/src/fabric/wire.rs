@@ -23,7 +23,9 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 pub const FRAME_LEN: usize = size_of::<Frame>();
 
 /// A frame as it is on the wire.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
 #[repr(C)]
 pub struct Frame {
     kind: u8,
@@ -67,8 +69,8 @@ pub enum StopReason {
     TripleFault(u32),
     /// Somebody stopped it.
     Stopped,
-    /// The member can't go on; it knows why.
-    Failed,
+    /// The member can't go on: it lost this member, or, without one, it knows why itself.
+    Failed(Option<MemberId>),
 }
 
 /// Everything that crosses members besides pages.
@@ -226,7 +228,7 @@ impl Message {
                     StopReason::Reset => (1, 0),
                     StopReason::TripleFault(vcpu) => (2, vcpu),
                     StopReason::Stopped => (3, 0),
-                    StopReason::Failed => (4, 0),
+                    StopReason::Failed(lost) => (4, lost.map_or(0, |m| u32::from(m.0) + 1)),
                 };
                 (frame.kind, frame.small, frame.words[0]) = (kind::STOP, code, vcpu.into());
             }
@@ -248,7 +250,9 @@ impl Message {
         let (token, addr, data) = (frame.token.get(), frame.addr.get(), frame.data.get());
         let word = frame.words[0].get();
         Ok(match frame.kind {
-            kind::INTERRUPT => Message::Interrupt { message: decode_interrupt(frame)?, hops: frame.hops.get() },
+            kind::INTERRUPT => {
+                Message::Interrupt { message: decode_interrupt(frame)?, hops: frame.hops.get() }
+            }
             kind::READ => {
                 let (space, size) = (decode_space(word)?, decode_size(frame.small)?);
                 Message::Read { token, space, addr, size }
@@ -268,7 +272,12 @@ impl Message {
                 1 => StopReason::Reset,
                 2 => StopReason::TripleFault(word),
                 3 => StopReason::Stopped,
-                4 => StopReason::Failed,
+                4 => StopReason::Failed(match word.checked_sub(1) {
+                    None => None,
+                    Some(id) => {
+                        Some(MemberId(u16::try_from(id).map_err(|_| WireError::Field("lost member"))?))
+                    }
+                }),
                 _ => return Err(WireError::Field("reason")),
             }),
             other => return Err(WireError::Kind(other)),
@@ -377,11 +386,14 @@ mod tests {
             (any::<u32>(), any::<bool>()).prop_map(|(gsi, high)| Message::SetLevel { gsi, high }),
             any::<u8>().prop_map(|vector| Message::Eoi { vector }),
             any::<u64>().prop_map(|sent| Message::Ping { sent }),
-            (any::<u64>(), any::<u64>(), any::<u64>())
-                .prop_map(|(sent, received, answered)| Message::Pong { sent, received, answered }),
+            (any::<u64>(), any::<u64>(), any::<u64>()).prop_map(|(sent, received, answered)| Message::Pong {
+                sent,
+                received,
+                answered
+            }),
             Just(Message::Heartbeat),
             any::<u32>().prop_map(|v| Message::Stop(StopReason::TripleFault(v))),
-            Just(Message::Stop(StopReason::Failed)),
+            any::<Option<u16>>().prop_map(|m| Message::Stop(StopReason::Failed(m.map(MemberId)))),
         ]
     }
 
@@ -407,9 +419,9 @@ mod tests {
             frame.sender = ME.0.into();
             frame.epoch = EPOCH.0.into();
             frame.kind %= 12;
-            match Message::decode(&frame, ME, EPOCH) {
-                Ok(Message::Read { size, .. } | Message::Write { size, .. }) => prop_assert!((1..=8).contains(&size)),
-                Ok(_) | Err(_) => {}
+            let decoded = Message::decode(&frame, ME, EPOCH);
+            if let Ok(Message::Read { size, .. } | Message::Write { size, .. }) = decoded {
+                prop_assert!((1..=8).contains(&size));
             }
         }
     }

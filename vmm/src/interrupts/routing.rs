@@ -34,7 +34,8 @@ pub fn targets(message: &InterruptMessage, placement: &[MemberId], me: MemberId,
             Targets::Members(members(placement.iter().copied()))
         }
         Destination::AllButSelf => {
-            let others = (0u32..).zip(placement.iter().copied()).filter(|(id, _)| Some(*id) != message.source);
+            let others =
+                (0u32..).zip(placement.iter().copied()).filter(|(id, _)| Some(*id) != message.source);
             if lowest {
                 return choose(others, me);
             }
@@ -82,7 +83,14 @@ mod tests {
     const PLACEMENT: [MemberId; 4] = [MemberId(0), MemberId(0), MemberId(1), MemberId(2)];
 
     fn message(destination: Destination, mode: DeliveryMode) -> InterruptMessage {
-        InterruptMessage { destination, mode, vector: 0x40, level_triggered: false, asserted: true, source: Some(3) }
+        InterruptMessage {
+            destination,
+            mode,
+            vector: 0x40,
+            level_triggered: false,
+            asserted: true,
+            source: Some(3),
+        }
     }
 
     #[test]

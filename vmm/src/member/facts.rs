@@ -194,10 +194,21 @@ mod tests {
     #[test]
     fn module_parameters() {
         use Virtualization::{Amd, Intel, Software};
-        let cases: [(&[(&str, &str)], Virtualization, bool, bool); 5] = [
+        type Case = (&'static [(&'static str, &'static str)], Virtualization, bool, bool);
+        let cases: [Case; 5] = [
             (&[], Software, true, false),
-            (&[("kvm_intel/parameters/ept", "Y\n"), ("kvm_intel/parameters/eptad", "N\n")], Intel, true, false),
-            (&[("kvm_intel/parameters/ept", "N\n"), ("kvm_intel/parameters/eptad", "Y\n")], Intel, false, true),
+            (
+                &[("kvm_intel/parameters/ept", "Y\n"), ("kvm_intel/parameters/eptad", "N\n")],
+                Intel,
+                true,
+                false,
+            ),
+            (
+                &[("kvm_intel/parameters/ept", "N\n"), ("kvm_intel/parameters/eptad", "Y\n")],
+                Intel,
+                false,
+                true,
+            ),
             (&[("kvm_amd/parameters/npt", "Y\n")], Amd, true, true),
             (&[("kvm_amd/parameters/npt", "0\n")], Amd, false, true),
         ];

@@ -37,7 +37,11 @@ impl GuestRam {
         deadline: Duration,
         links: Vec<(MemberId, TcpStream)>,
     ) -> Result<GuestRam, MemberError> {
-        if plan.topology.members.len() == 1 { GuestRam::plain(plan) } else { GuestRam::shared(plan, deadline, links) }
+        if plan.topology.members.len() == 1 {
+            GuestRam::plain(plan)
+        } else {
+            GuestRam::shared(plan, deadline, links)
+        }
     }
 
     fn plain(plan: &MemberPlan) -> Result<GuestRam, MemberError> {
@@ -76,7 +80,8 @@ impl GuestRam {
             let region = unsafe { builder.with_raw_mmap_pointer(mapping.hva) }.build();
             let region = region.map_err(|e| MemberError::Memory(e.to_string()))?;
             let region = GuestRegionMmap::new(region, GuestAddress(mapping.gpa));
-            regions.push(region.ok_or_else(|| MemberError::Memory("a range leaves the address space".into()))?);
+            regions
+                .push(region.ok_or_else(|| MemberError::Memory("a range leaves the address space".into()))?);
         }
         let mmap = GuestMemoryMmap::from_regions(regions).map_err(|e| MemberError::Memory(e.to_string()))?;
         let slots = dsm.mappings().iter().map(|m| (m.gpa, m.len, m.hva)).collect();
@@ -138,7 +143,7 @@ impl GuestRam {
 }
 
 fn slots_of(mmap: &GuestMemoryMmap) -> Vec<(u64, u64, *mut u8)> {
-    use vm_memory::{GuestMemory, GuestMemoryRegion};
+    use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
     mmap.iter().map(|r| (r.start_addr().0, r.len(), r.as_ptr())).collect()
 }
 

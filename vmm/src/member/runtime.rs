@@ -155,7 +155,8 @@ impl Member {
         let fabric = Arc::new(fabric);
         let handles: Vec<_> = topology.vcpus_of(plan.me).map(|id| Arc::new(VcpuHandle::new(id))).collect();
         let members = u16::try_from(topology.members.len()).unwrap_or(u16::MAX);
-        let board = Switchboard::new(plan.me, topology.vcpus.clone(), members, handles.clone(), fabric.clone());
+        let board =
+            Switchboard::new(plan.me, topology.vcpus.clone(), members, handles.clone(), fabric.clone());
         let switchboard = Arc::new(board);
         let (happenings, happened) = channel();
         let (platform_tx, platform_rx) = channel();
@@ -263,7 +264,8 @@ impl Member {
             loader: self.plan.me,
             acpi: &acpi,
         };
-        let entry = boot::load_kernel(&request, &mut |gpa, bytes| ram.preload(gpa, bytes).map_err(Into::into))?;
+        let entry =
+            boot::load_kernel(&request, &mut |gpa, bytes| ram.preload(gpa, bytes).map_err(Into::into))?;
         let Some(vcpu) = parts.waiting.iter().find(|v| v.id() == 0) else {
             return Err(MemberError::Plan("vCPU 0 does not live on member 0".into()));
         };
@@ -294,7 +296,9 @@ impl Member {
             discipline.start();
         }
         for vcpu in std::mem::take(&mut parts.waiting) {
-            let Some(handle) = self.switchboard.vcpus().iter().find(|h| h.id() == vcpu.id()) else { continue };
+            let Some(handle) = self.switchboard.vcpus().iter().find(|h| h.id() == vcpu.id()) else {
+                continue;
+            };
             let id = vcpu.id();
             let runner = Runner::new(vcpu, handle.clone(), self.clock.clone(), machine.clone());
             let tell = self.happenings.clone();
@@ -462,7 +466,9 @@ fn check(plan: &MemberPlan) -> Result<(), MemberError> {
 }
 
 fn is_software_kvm() -> bool {
-    !["kvm_intel", "kvm_amd"].iter().any(|m| std::path::Path::new("/sys/module").join(m).join("parameters").exists())
+    !["kvm_intel", "kvm_amd"]
+        .iter()
+        .any(|m| std::path::Path::new("/sys/module").join(m).join("parameters").exists())
 }
 
 /// The clock of this member's vCPUs. The coordinator's starts at zero now; the others' are set by samples
@@ -494,7 +500,8 @@ fn guest_clock(plan: &MemberPlan, vm: &Vm) -> Result<GuestClock, MemberError> {
 /// Tells Linux the TSC's frequency and that it can be trusted, as there is no PIT to measure it with; what the
 /// user says has precedence.
 fn with_tsc_options(cmdline: &str, tsc_khz: u32) -> String {
-    let given = |name: &str| cmdline.split_ascii_whitespace().any(|word| word.split('=').next() == Some(name));
+    let given =
+        |name: &str| cmdline.split_ascii_whitespace().any(|word| word.split('=').next() == Some(name));
     let mut result = cmdline.trim().to_owned();
     let mut add = |name: &str, option: String| {
         if !given(name) {
@@ -517,6 +524,9 @@ mod tests {
     #[test]
     fn the_users_clock_options_win() {
         assert_eq!(with_tsc_options("", 5), "tsc_early_khz=5 tsc=reliable no_timer_check");
-        assert_eq!(with_tsc_options("quiet tsc=unstable", 5), "quiet tsc=unstable tsc_early_khz=5 no_timer_check");
+        assert_eq!(
+            with_tsc_options("quiet tsc=unstable", 5),
+            "quiet tsc=unstable tsc_early_khz=5 no_timer_check"
+        );
     }
 }

@@ -87,7 +87,9 @@ impl Watch {
     fn judge(&self, happening: Happening) -> Option<(Outcome, StopReason)> {
         let failed = |text: String| Outcome::Failed { peer: None, text };
         Some(match happening {
-            Happening::VcpuStarted(_) | Happening::VcpuEnded(_, VcpuEnd::Stopped) | Happening::Quit => return None,
+            Happening::VcpuStarted(_) | Happening::VcpuEnded(_, VcpuEnd::Stopped) | Happening::Quit => {
+                return None;
+            }
             Happening::VcpuEnded(_, VcpuEnd::Exit(exit)) => {
                 let reason = match &exit {
                     VmExit::PowerOff => StopReason::PowerOff,
@@ -97,13 +99,15 @@ impl Watch {
                 };
                 (Outcome::Exit(exit), reason)
             }
-            Happening::VcpuEnded(_, VcpuEnd::Failed(text)) => (failed(text), StopReason::Failed),
-            Happening::Platform(PlatformEvent::PowerOff) => (Outcome::Exit(VmExit::PowerOff), StopReason::PowerOff),
+            Happening::VcpuEnded(_, VcpuEnd::Failed(text)) => (failed(text), StopReason::Failed(None)),
+            Happening::Platform(PlatformEvent::PowerOff) => {
+                (Outcome::Exit(VmExit::PowerOff), StopReason::PowerOff)
+            }
             Happening::Platform(PlatformEvent::Reset) => (Outcome::Exit(VmExit::Reset), StopReason::Reset),
             Happening::PeerStopped(peer, reason) => (self.peer_stopped(peer, reason), reason),
             Happening::PeerLost(peer, reason) => {
                 let text = format!("{} is lost: {reason}", self.name(peer));
-                (Outcome::Failed { peer: Some((peer, reason)), text }, StopReason::Failed)
+                (Outcome::Failed { peer: Some((peer, reason)), text }, StopReason::Failed(Some(peer)))
             }
             Happening::Memory(failure) => {
                 let text = match failure.peer {
@@ -111,7 +115,7 @@ impl Watch {
                     None => failure.to_string(),
                 };
                 let peer = failure.peer.map(|p| (p, failure.cause.to_string()));
-                (Outcome::Failed { peer, text }, StopReason::Failed)
+                (Outcome::Failed { peer, text }, StopReason::Failed(failure.peer))
             }
             Happening::Stop(reason) => (Outcome::Exit(VmExit::Stopped { reason }), StopReason::Stopped),
         })
@@ -126,7 +130,12 @@ impl Watch {
                 VmExit::TripleFault { vcpu, registers: format!("{name} has the registers\n") }
             }
             StopReason::Stopped => VmExit::Stopped { reason: format!("{name} stopped the VM") },
-            StopReason::Failed => {
+            StopReason::Failed(Some(lost)) => {
+                let reason = format!("{name} lost it");
+                let text = format!("{} is lost: {reason}", self.name(lost));
+                return Outcome::Failed { peer: Some((lost, reason)), text };
+            }
+            StopReason::Failed(None) => {
                 let text = format!("{name} can't go on; its own message says why");
                 return Outcome::Failed { peer: Some((peer, "it failed".into())), text };
             }
