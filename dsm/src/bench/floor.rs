@@ -3,7 +3,7 @@
 use super::{BenchError, io_step};
 use crate::addr::{HomeRange, MemberId, PAGE_SIZE};
 use crate::layout::{Layout, Page};
-use crate::region::{Kernel, Region, RegionError};
+use crate::region::{Region, RegionError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
@@ -98,9 +98,9 @@ fn handle(region: &Region, stop: &AtomicBool) -> Result<(), RegionError> {
         region.faults(0, &mut faults).map_err(failed)?;
         for fault in faults.drain(..) {
             if present.insert(fault.page) {
-                region.fill(fault.page, &contents, true)?;
+                region.fill_and_wake(fault.page, &contents)?;
             } else {
-                region.unprotect(fault.page)?;
+                region.unprotect_and_wake(fault.page)?;
             }
         }
     }

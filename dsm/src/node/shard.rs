@@ -52,8 +52,23 @@ pub(crate) trait Env {
 pub(crate) struct After {
     /// Peers for whom frames were queued.
     pub(crate) talk: MemberSet,
+    /// The page whose waiters are to be woken: with the lock still held, a woken thread that runs at once on this CPU and
+    /// faults again would wait for it. Neighbours that came along need no wake: who waits for one has a fault of its own
+    /// to be read, and finds the page there.
+    pub(crate) wake: Option<Page>,
     /// Whom to blame, and for what, if the memory has failed.
     pub(crate) failure: Option<(Option<MemberId>, Cause)>,
+}
+
+impl After {
+    /// Wakes who waits. Comes first of what is left to do.
+    pub(crate) fn wake(&mut self, kernel: &impl Kernel) {
+        if let Some(page) = self.wake.take()
+            && let Err(e) = kernel.wake(page)
+        {
+            self.failure.get_or_insert((None, Cause::Local(e.to_string())));
+        }
+    }
 }
 
 /// A core, and what belongs to the same pages.
@@ -78,7 +93,7 @@ impl Shard {
             return after;
         }
         for command in out.drain(..) {
-            if let Err(e) = self.carry_out(env, command, &mut after.talk) {
+            if let Err(e) = self.carry_out(env, command, &mut after) {
                 after.failure = Some((None, Cause::Local(e.to_string())));
                 break;
             }
@@ -91,7 +106,7 @@ impl Shard {
         &mut self,
         env: &impl Env,
         command: Command<PageBuf>,
-        talk: &mut MemberSet,
+        after: &mut After,
     ) -> Result<(), RegionError> {
         let kernel = env.kernel();
         let stats = &mut self.stats;
@@ -100,7 +115,7 @@ impl Shard {
                 stats.sent(&msg);
                 let gpa = env.layout().gpa_of(page);
                 if env.push(to, &Header::message(env.me(), env.epoch(), gpa, &msg)) {
-                    *talk = talk.with(to);
+                    after.talk = after.talk.with(to);
                 }
             }
             Command::Give { to, page, terms, protect, drop } => {
@@ -123,7 +138,7 @@ impl Shard {
                     Ok(Header::message(env.me(), env.epoch(), gpa, &Msg::Grant { terms, contents }))
                 })?;
                 if is_known {
-                    *talk = talk.with(to);
+                    after.talk = after.talk.with(to);
                 }
             }
             Command::Drop { page } => {
@@ -143,13 +158,15 @@ impl Shard {
                     Contents::Keep => kernel.unprotect(page)?,
                 }
                 stats.served(page, &served, env.now());
+                after.wake = Some(page);
             }
             Command::Zero { page, count, served } => {
                 kernel.fill_zero(page, count, false)?;
                 stats.first_touch(page, count, &served, env.now());
+                after.wake = Some(page);
             }
             Command::Wake { page } => {
-                kernel.wake(page)?;
+                after.wake = Some(page);
                 stats.spurious();
             }
             Command::Timer { page, at } => {

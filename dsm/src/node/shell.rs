@@ -226,7 +226,8 @@ impl Shell {
         if self.is_running() { shard.process(self, now, event) } else { After::default() }
     }
 
-    fn follow_up(&self, after: After, now: u64) {
+    fn follow_up(&self, mut after: After, now: u64) {
+        after.wake(&self.region);
         if let Some((peer, cause)) = after.failure {
             self.fail(peer, cause);
         }

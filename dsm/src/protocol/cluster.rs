@@ -20,6 +20,9 @@ pub(super) struct Copy {
     pub(super) writable: bool,
 }
 
+/// Messages from one member to another, oldest first.
+type Line = VecDeque<(Page, Msg<u8>)>;
+
 /// What went wrong.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Wrong {
@@ -32,7 +35,7 @@ pub(super) struct Cluster {
     pub(super) cores: Vec<Core<u8>>,
     pub(super) memory: Vec<BTreeMap<Page, Copy>>,
     /// Messages in flight by sender and receiver; each such line stays in order.
-    pub(super) network: BTreeMap<(u16, u16), VecDeque<(Page, Msg<u8>)>>,
+    pub(super) network: BTreeMap<(u16, u16), Line>,
     pub(super) timers: BTreeMap<(u16, Page), u64>,
     /// Threads that wait: member, page, whether they want to write.
     pub(super) waiting: BTreeSet<(u16, Page, bool)>,

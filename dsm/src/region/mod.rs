@@ -25,7 +25,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use sys::{EVENT_PAGEFAULT, FLAGS_WRITE, Uffd, UffdMsg};
+use sys::{EVENT_PAGEFAULT, FLAGS_WRITE, Uffd, UffdMsg, Wake};
 use thiserror::Error;
 
 const PAGE: usize = 4096;
@@ -224,6 +224,22 @@ impl Region {
         Ok(())
     }
 
+    /// Fills an absent page, write-protected, and wakes who waits for it, all in one ioctl.
+    pub fn fill_and_wake(&self, page: Page, bytes: &[u8; PAGE]) -> Result<(), RegionError> {
+        let (span, offset) = self.found(page).map_err(|e| self.step("fill", page, e))?;
+        let (_, result) = self.uffd(span, offset).copy(span.map.base() + offset, bytes, true, Wake::Now);
+        result.map_err(|e| self.step("fill", page, e))
+    }
+
+    /// Gives the right to write and wakes who waits for it, in one ioctl.
+    pub fn unprotect_and_wake(&self, page: Page) -> Result<(), RegionError> {
+        let step = "end of write protection";
+        let (span, offset) = self.found(page).map_err(|e| self.step(step, page, e))?;
+        let hva = span.map.base() + offset;
+        let result = self.uffd(span, offset).write_protect(hva, PAGE_SIZE, false, Wake::Now);
+        result.map_err(|e| self.step(step, page, e))
+    }
+
     /// Makes the memory inaccessible, then lets go of all who wait: a vCPU gets EFAULT, a system call that was
     /// given guest memory too, a thread that reads it directly SIGSEGV. Nobody goes on with invented zeros.
     pub fn close(&self) {
@@ -248,15 +264,20 @@ impl Kernel for Region {
             Ok(found) => found,
             Err(e) => return (0, Err(e)),
         };
-        // One userfaultfd wakes only its own waiters, so a run is cut where the stripe ends.
+        // A run is cut where the range ends, and where another userfaultfd begins: each takes only its own.
         let room = (span.stripe - offset % span.stripe).min(span.map.len() - offset);
         let len = bytes.len().min(usize::try_from(room).unwrap_or(usize::MAX));
-        self.uffd(span, offset).copy(span.map.base() + offset, bytes.get(..len).unwrap_or(&[]), protect)
+        self.uffd(span, offset).copy(
+            span.map.base() + offset,
+            bytes.get(..len).unwrap_or(&[]),
+            protect,
+            Wake::Later,
+        )
     }
 
     fn sys_write_protect(&self, page: Page, protect: bool) -> io::Result<()> {
         let (span, offset) = self.found(page)?;
-        self.uffd(span, offset).write_protect(span.map.base() + offset, PAGE_SIZE, protect)
+        self.uffd(span, offset).write_protect(span.map.base() + offset, PAGE_SIZE, protect, Wake::Later)
     }
 
     fn sys_wake(&self, page: Page) -> io::Result<()> {

@@ -19,11 +19,11 @@ pub trait Kernel {
     /// Guest-physical address of a page, for errors.
     fn gpa_of(&self, page: Page) -> u64;
 
-    /// One UFFDIO_COPY of whole pages to absent pages, write-protected if `protect`; wakes the waiters of what it
-    /// filled. It may stop early. Returns how many bytes went in.
+    /// One UFFDIO_COPY of whole pages to absent pages, write-protected if `protect`. Wakes nobody. It may stop
+    /// early. Returns how many bytes went in.
     fn sys_copy(&self, page: Page, bytes: &[u8], protect: bool) -> (usize, io::Result<()>);
 
-    /// UFFDIO_WRITEPROTECT of one page; taking the protection away wakes the waiters.
+    /// UFFDIO_WRITEPROTECT of one page. Wakes nobody.
     fn sys_write_protect(&self, page: Page, protect: bool) -> io::Result<()>;
 
     /// UFFDIO_WAKE of one page.
@@ -43,19 +43,19 @@ pub trait Kernel {
         RegionError::Step { step, gpa: self.gpa_of(page), source }
     }
 
-    /// Fills an absent page, write-protected if `protect`, in one ioctl, and wakes its waiters.
+    /// Fills an absent page, write-protected if `protect`, in one ioctl. Its waiters sleep on.
     fn fill(&self, page: Page, bytes: &[u8; PAGE], protect: bool) -> Result<(), RegionError> {
         self.fill_run(page, bytes, protect)
     }
 
-    /// Fills up to [`MAX_ZERO_RUN`] absent pages with zeros and wakes their waiters. The run must lie inside one
-    /// range.
+    /// Fills up to [`MAX_ZERO_RUN`] absent pages with zeros. The run must lie inside one range. Their waiters
+    /// sleep on.
     fn fill_zero(&self, page: Page, count: u32, protect: bool) -> Result<(), RegionError> {
         let count = usize::try_from(count.min(MAX_ZERO_RUN)).unwrap_or(0);
         self.fill_run(page, ZEROS.get(..count * PAGE).unwrap_or(&[]), protect)
     }
 
-    /// Fills absent pages of one range from `bytes`, whole pages, and wakes their waiters.
+    /// Fills absent pages of one range from `bytes`, whole pages. Their waiters sleep on.
     fn fill_run(&self, page: Page, bytes: &[u8], protect: bool) -> Result<(), RegionError> {
         let mut done = 0usize;
         while done < bytes.len() {
@@ -68,11 +68,9 @@ pub trait Kernel {
                 // Part of it went in, or the address space changed under it: go on from there.
                 Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => {}
                 Err(e) if e.raw_os_error() == Some(libc::EEXIST) => {
-                    // What is there is not what the protocol says: it goes, and who waits for it is woken, because
-                    // the failed ioctl did not.
+                    // What is there is not what the protocol says: it goes.
                     self.note_replaced();
                     self.sys_discard(next).map_err(|e| self.step("drop", next, e))?;
-                    self.sys_wake(next).map_err(|e| self.step("wake", next, e))?;
                 }
                 Err(e) => return Err(self.step("fill", next, e)),
             }
@@ -85,7 +83,7 @@ pub trait Kernel {
         self.write_protect(page, true, "write protection")
     }
 
-    /// Gives the right to write and wakes who waits for it.
+    /// Gives the right to write. Who waits for it sleeps on.
     fn unprotect(&self, page: Page) -> Result<(), RegionError> {
         self.write_protect(page, false, "end of write protection")
     }

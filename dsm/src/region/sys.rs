@@ -25,8 +25,10 @@ const IOC_NEW: libc::c_ulong = 0xaa00;
 
 const REGISTER_MISSING: u64 = 1;
 const REGISTER_WP: u64 = 2;
+const COPY_DONTWAKE: u64 = 1;
 const COPY_WP: u64 = 2;
 const WRITEPROTECT_WP: u64 = 1;
+const WRITEPROTECT_DONTWAKE: u64 = 2;
 
 /// `UFFD_EVENT_PAGEFAULT`.
 pub(super) const EVENT_PAGEFAULT: u8 = 0x12;
@@ -66,6 +68,15 @@ struct UffdioCopy {
 struct UffdioWriteprotect {
     range: UffdioRange,
     mode: u64,
+}
+
+/// When to wake who waits for a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wake {
+    /// In the same ioctl.
+    Now,
+    /// The caller does it, when it has let go of its locks: the woken thread may run at once, on this very CPU.
+    Later,
 }
 
 /// `struct uffd_msg` of a page fault: 32 bytes.
@@ -145,18 +156,23 @@ impl Uffd {
         self.ioctl(IOC_WAKE, &mut UffdioRange { start, len })
     }
 
-    /// Fills absent pages and wakes their waiters. Returns how many bytes went in before an error stopped it.
-    pub(super) fn copy(&self, dst: u64, src: &[u8], protect: bool) -> (usize, io::Result<()>) {
-        let mode = if protect { COPY_WP } else { 0 };
+    /// Fills absent pages. Returns how many bytes went in before an error stopped it.
+    pub(super) fn copy(&self, dst: u64, src: &[u8], protect: bool, wake: Wake) -> (usize, io::Result<()>) {
+        let sleep = if wake == Wake::Later { COPY_DONTWAKE } else { 0 };
+        let mode = sleep | if protect { COPY_WP } else { 0 };
         let (src, len) = (src.as_ptr() as u64, src.len() as u64);
         let mut arg = UffdioCopy { dst, src, len, mode, copy: 0 };
         let result = self.ioctl(IOC_COPY, &mut arg);
         (usize::try_from(arg.copy).unwrap_or(0), result)
     }
 
-    /// Takes the right to write away or gives it back; giving it back wakes the waiters.
-    pub(super) fn write_protect(&self, start: u64, len: u64, protect: bool) -> io::Result<()> {
-        let mode = if protect { WRITEPROTECT_WP } else { 0 };
+    /// Takes the right to write away, which wakes nobody, or gives it back.
+    pub(super) fn write_protect(&self, start: u64, len: u64, protect: bool, wake: Wake) -> io::Result<()> {
+        let mode = match (protect, wake) {
+            (true, _) => WRITEPROTECT_WP,
+            (false, Wake::Now) => 0,
+            (false, Wake::Later) => WRITEPROTECT_DONTWAKE,
+        };
         self.ioctl(IOC_WRITEPROTECT, &mut UffdioWriteprotect { range: UffdioRange { start, len }, mode })
     }
 

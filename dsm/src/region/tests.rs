@@ -1,1 +1,116 @@
+use super::*;
+use crate::addr::{HomeRange, MemberId};
+use std::sync::atomic::Ordering::SeqCst;
+use std::thread;
+use std::time::{Duration, Instant};
 
+fn region(pages: u64, shards: usize) -> Option<Region> {
+    let ranges = [
+        HomeRange { start: 0, len: pages * PAGE_SIZE, home: MemberId(0) },
+        HomeRange { start: 1 << 30, len: pages * PAGE_SIZE, home: MemberId(1) },
+    ];
+    match Region::new(&Layout::new(&ranges).unwrap(), shards) {
+        Ok(region) => Some(region),
+        Err(e @ RegionError::Unusable { .. }) => {
+            println!("skipped: {e}");
+            None
+        }
+        Err(e) => panic!("{e}"),
+    }
+}
+
+/// Waits for `count` faults at any shard.
+fn next_faults(region: &Region, count: usize) -> Vec<Fault> {
+    let end = Instant::now() + Duration::from_secs(20);
+    let mut faults = Vec::new();
+    while faults.len() < count && Instant::now() < end {
+        (0..region.shards()).for_each(|s| region.faults(s, &mut faults).unwrap());
+        thread::sleep(Duration::from_millis(1));
+    }
+    if faults.len() != count {
+        // Who waits would keep the test from ending.
+        eprintln!("{count} faults should have come, not {faults:?}");
+        std::process::abort();
+    }
+    faults
+}
+
+fn next_fault(region: &Region) -> Fault {
+    next_faults(region, 1)[0]
+}
+
+#[test]
+fn a_page_comes_with_its_right() {
+    let Some(region) = region(4, 1) else { return };
+    let page = Page(5);
+    let gpa = (1 << 30) + PAGE_SIZE;
+    thread::scope(|scope| {
+        let guest = scope.spawn(|| {
+            let word = region.memory().u64_at(gpa).unwrap();
+            let before = word.load(SeqCst);
+            word.store(before + 1, SeqCst);
+            word.load(SeqCst)
+        });
+        let fault = next_fault(&region);
+        assert_eq!((fault.page, fault.write), (page, false));
+        assert_ne!(fault.thread, 0);
+        region.fill(page, &[1; PAGE], true).unwrap();
+        region.wake(page).unwrap();
+        // It came to be read only, so the store waits, too.
+        assert_eq!(next_fault(&region), Fault { write: true, ..fault });
+        region.unprotect(page).unwrap();
+        region.wake(page).unwrap();
+        assert_eq!(guest.join().unwrap(), 0x0101_0101_0101_0102);
+    });
+    region.protect(page).unwrap();
+    let mut bytes = Vec::new();
+    region.read(page, &mut bytes).unwrap();
+    assert_eq!((bytes.len(), bytes[0], bytes[8]), (PAGE, 2, 1));
+    region.discard(page).unwrap();
+    region.fill_zero(page, 1, false).unwrap();
+    assert_eq!(region.memory().u64_at(gpa).unwrap().load(SeqCst), 0);
+}
+
+#[test]
+fn a_page_that_should_not_be_there_is_replaced_and_its_waiter_woken() {
+    let Some(region) = region(4, 1) else { return };
+    region.fill(Page(0), &[9; PAGE], false).unwrap();
+    region.fill(Page(0), &[3; PAGE], false).unwrap();
+    assert_eq!(region.memory().u8_at(7).unwrap().load(SeqCst), 3);
+    assert_eq!(region.replaced(), 1);
+}
+
+#[test]
+fn runs_cross_from_one_userfaultfd_to_the_next() {
+    let Some(region) = region(2048, 3) else { return };
+    let edge = Page(512);
+    let waiters = [Page(511), Page(512), Page(513)];
+    thread::scope(|scope| {
+        let guests = waiters.map(|page| {
+            let word = region.memory().u64_at(u64::from(page.0) * PAGE_SIZE).unwrap();
+            scope.spawn(move || word.load(SeqCst))
+        });
+        let mut seen: Vec<Page> = next_faults(&region, 3).iter().map(|f| f.page).collect();
+        seen.sort_unstable();
+        assert_eq!(seen, waiters);
+        region.fill_zero(Page(edge.0 - 8), 16, false).unwrap();
+        waiters.iter().for_each(|p| region.wake(*p).unwrap());
+        for guest in guests {
+            assert_eq!(guest.join().unwrap(), 0);
+        }
+    });
+}
+
+#[test]
+fn what_is_not_there_is_an_error() {
+    let Some(region) = region(1, 1) else { return };
+    for result in [
+        region.fill(Page(2), &[0; PAGE], false),
+        region.protect(Page(2)),
+        region.discard(Page(9)),
+        region.wake(Page(2)),
+        region.read(Page(2), &mut Vec::new()),
+    ] {
+        assert!(matches!(result, Err(RegionError::Step { .. })), "{result:?}");
+    }
+}

@@ -1,4 +1,5 @@
-//! What the tests with real memory share.
+//! What the tests with real memory share; none of them uses all of it.
+#![allow(dead_code)]
 
 use dsm::addr::{Epoch, HomeRange, MemberId};
 use dsm::node::{Dsm, DsmConfig};

@@ -1,0 +1,175 @@
+//! Members in processes of their own: real userfaultfd, real TCP, real crashes.
+#![allow(missing_docs)]
+
+mod common;
+
+use common::{ranges, usable};
+use dsm::addr::MemberId;
+use dsm::bench::group::Group;
+use dsm::bench::peer::{Answer, Order, Tuning};
+use dsm::bench::work::{Outcome, Work};
+use std::net::SocketAddr;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+const PAGE: u64 = 4096;
+
+/// This very test binary as a member process: the test of this name does nothing unless it is told where to report.
+fn launcher(addr: SocketAddr) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "member_process"]).env("DSM_PEER_CONTROL", addr.to_string());
+    command.stdout(Stdio::null());
+    command
+}
+
+#[test]
+fn member_process() {
+    if let Ok(addr) = std::env::var("DSM_PEER_CONTROL") {
+        dsm::bench::peer_main(addr.parse().unwrap()).unwrap();
+    }
+}
+
+fn start(members: u16, pages: u64, tuning: Tuning) -> Group {
+    // One range without holes: homes take turns of `pages` pages.
+    let homes: Vec<u16> = (0..members).collect();
+    let mut memory = ranges(&homes, pages);
+    for (n, range) in memory.iter_mut().enumerate() {
+        range.start = n as u64 * pages * PAGE;
+    }
+    Group::start(members, false, &memory, tuning, &launcher).unwrap()
+}
+
+fn number(outcome: &Outcome) -> u64 {
+    match outcome {
+        Outcome::Number(n) => *n,
+        Outcome::Values(v) => v.iter().sum(),
+    }
+}
+
+#[test]
+fn shared_counters_are_exact() {
+    if !usable() {
+        return;
+    }
+    for members in 2..=4 {
+        let mut group = start(members, 2, Tuning::default());
+        let pages = u64::from(members) * 2;
+        let rounds = 2000;
+        group.all(|_| Work::Increment { gpa: 0, pages, rounds, threads: 2 }, PATIENCE).unwrap();
+        for sum in group.all(|_| Work::Sum { gpa: 0, pages }, PATIENCE).unwrap() {
+            assert_eq!(number(&sum), u64::from(members) * 2 * rounds);
+        }
+        let snapshots = group.snapshots().unwrap();
+        assert!(snapshots.iter().all(|s| s.faults.remote() > 0 && s.replaced == 0), "{snapshots:?}");
+    }
+}
+
+#[test]
+fn one_hot_page_starves_nobody() {
+    if !usable() {
+        return;
+    }
+    let mut group = start(3, 1, Tuning::default());
+    let work = |_| Work::Increment { gpa: 0, pages: 1, rounds: 20_000, threads: 1 };
+    group.all(work, PATIENCE).unwrap();
+    let sums = group.all(|_| Work::Sum { gpa: 0, pages: 1 }, PATIENCE).unwrap();
+    assert_eq!(number(&sums[0]), 60_000);
+}
+
+#[test]
+fn pages_that_count_up_never_go_down() {
+    if !usable() {
+        return;
+    }
+    let mut group = start(3, 1, Tuning::default());
+    let work = |m: MemberId| Work::CountPages { gpa: 0, pages: 3, own: u64::from(m.0), millis: 1500 };
+    for count in group.all(work, PATIENCE).unwrap() {
+        assert!(number(&count) > 1);
+    }
+}
+
+#[test]
+fn stores_and_loads_are_ordered_as_on_x86() {
+    if !usable() {
+        return;
+    }
+    let mut group = start(2, 64, Tuning::default());
+    for round in 0..16 {
+        let (x, y) = (round * 2 * PAGE, (64 + round * 2) * PAGE);
+        let work = |m: MemberId| {
+            let (store, load) = if m.0 == 0 { (x, y) } else { (y, x) };
+            Work::StoreThenLoad { store, load }
+        };
+        let outcomes = group.all(work, PATIENCE).unwrap();
+        let [Outcome::Values(a), Outcome::Values(b)] = outcomes.as_slice() else { panic!("{outcomes:?}") };
+        assert!(a.len() == 512 && b.len() == 512);
+        assert!(a.iter().zip(b).all(|(a, b)| a + b > 0), "both loads missed both locked stores (SB)");
+
+        let (data, flag) = (x + PAGE, y + PAGE);
+        let work = |m: MemberId| {
+            if m.0 == 0 { Work::Publish { data, flag } } else { Work::Observe { data, flag } }
+        };
+        group.all(work, PATIENCE).unwrap();
+    }
+}
+
+/// Waits until every surviving process reports a failure that names the peer.
+fn all_blame(group: &mut Group, culprit: MemberId, within: Duration) {
+    let end = Instant::now() + within;
+    for peer in group.peers.iter_mut().filter(|p| p.member() != culprit) {
+        loop {
+            match peer.ask(&Order::Failure, PATIENCE).unwrap() {
+                Answer::Failure(Some((blamed, text))) => {
+                    assert_eq!(blamed, Some(culprit), "{text}");
+                    assert!(text.contains(&culprit.to_string()), "{text}");
+                    break;
+                }
+                Answer::Failure(None) if Instant::now() < end => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                other => panic!("{} does not know that {culprit} is gone: {other:?}", peer.member()),
+            }
+        }
+    }
+}
+
+#[test]
+fn a_killed_member_is_named_by_all() {
+    if !usable() {
+        return;
+    }
+    let mut group = start(3, 4, Tuning::default());
+    group.all(|m| Work::Fill { gpa: 0, pages: 12, value: u64::from(m.0) }, PATIENCE).unwrap();
+    group.peers[1].kill();
+    all_blame(&mut group, MemberId(1), Duration::from_secs(5));
+}
+
+#[test]
+fn a_member_that_says_nothing_is_named_by_all() {
+    if !usable() {
+        return;
+    }
+    let tuning = Tuning { deadline_ms: 600, ..Tuning::default() };
+    let mut group = start(3, 4, tuning);
+    let pid = group.peers[2].pid().to_string();
+    let stop = |signal: &str| {
+        assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
+    };
+    stop("-STOP");
+    all_blame(&mut group, MemberId(2), Duration::from_secs(5));
+    stop("-CONT");
+}
+
+#[test]
+fn a_member_that_leaves_in_order_is_no_failure() {
+    if !usable() {
+        return;
+    }
+    let mut group = start(2, 4, Tuning::default());
+    group.all(|_| Work::Increment { gpa: 0, pages: 8, rounds: 100, threads: 1 }, PATIENCE).unwrap();
+    drop(group.peers.pop());
+    std::thread::sleep(Duration::from_millis(100));
+    let answer = group.peers[0].ask(&Order::Failure, PATIENCE).unwrap();
+    assert!(matches!(answer, Answer::Failure(None)), "{answer:?}");
+}
