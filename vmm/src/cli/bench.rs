@@ -1,7 +1,13 @@
-//! `spanvm bench`.
+//! `spanvm bench`: the command line of the benchmark libraries.
 
+use super::output;
 use crate::control::end::End;
+use crate::control::host::chain;
 use clap::{Args, Subcommand};
+use dsm::bench::fault::{self, FaultOptions};
+use dsm::bench::group::self_launcher;
+use std::io::{IsTerminal, Write};
+use std::net::SocketAddr;
 
 /// Flags.
 #[derive(Args, Debug)]
@@ -16,6 +22,9 @@ pub struct BenchArgs {
 pub enum Bench {
     /// A page fault that another process answers: read, write, upgrade. Needs no KVM.
     Fault(FaultArgs),
+    /// A member process of a benchmark.
+    #[command(hide = true)]
+    Peer(PeerArgs),
 }
 
 /// Flags of `bench fault`.
@@ -24,6 +33,21 @@ pub struct FaultArgs {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
+    /// Pages per run.
+    #[arg(long, value_name = "N", default_value_t = FaultOptions::default().pages,
+          value_parser = clap::value_parser!(u32).range(10..=1_000_000))]
+    pub pages: u32,
+    /// Runs; the figures are medians over them.
+    #[arg(long, value_name = "N", default_value_t = FaultOptions::default().runs,
+          value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub runs: u32,
+}
+
+/// Flags of `bench peer`.
+#[derive(Args, Debug)]
+pub struct PeerArgs {
+    /// Where the benchmark listens.
+    pub addr: SocketAddr,
 }
 
 /// Runs one benchmark.
@@ -32,6 +56,36 @@ pub struct FaultArgs {
 /// It could not be run.
 pub fn run(args: &BenchArgs) -> Result<u8, End> {
     match &args.bench {
-        Bench::Fault(_) => Err(End::Failed("the fault benchmark is not part of this build".into())),
+        Bench::Fault(args) => {
+            let launcher = self_launcher(&["bench", "peer"])
+                .map_err(|e| End::Failed(format!("can't find this program's own file: {e}")))?;
+            let options = FaultOptions { pages: args.pages, runs: args.runs, ..FaultOptions::default() };
+            let report = fault::run(options, &launcher, progress("fault")).map_err(failed)?;
+            if args.json {
+                let text = serde_json::to_string(&report).map_err(|e| End::Failed(format!("JSON: {e}")))?;
+                output::line(&text);
+            } else {
+                output::line(report.to_string().trim_end());
+            }
+        }
+        Bench::Peer(args) => dsm::bench::peer_main(args.addr).map_err(failed)?,
+    }
+    Ok(0)
+}
+
+fn failed(e: dsm::bench::BenchError) -> End {
+    End::Failed(chain(&e))
+}
+
+/// A line on standard error per run, rewritten in place on a terminal.
+fn progress(name: &'static str) -> impl FnMut(u32, u32) {
+    let terminal = std::io::stderr().is_terminal();
+    move |done, all| {
+        let (start, end) = match (terminal, done == all) {
+            (true, false) => ("\r", ""),
+            (true, true) => ("\r", "\n"),
+            (false, _) => ("", "\n"),
+        };
+        let _ = write!(std::io::stderr().lock(), "{start}spanvm: bench {name}: run {done} of {all}{end}");
     }
 }
