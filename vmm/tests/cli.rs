@@ -169,7 +169,7 @@ fn bad_input_is_refused() {
         (&["launch", k, "--members=2", "--on=a,b,c"], &["--members 2", "--on a,b,c"]),
         (&["launch", k, "--on=a,a"], &["--on a", "given twice"]),
         (&["launch", k, "--member=host=a", "--on=a"], &["--member", "--on"]),
-        (&["launch", k, "--member=cpu=1"], &["--member cpu=1"]),
+        (&["launch", k, "--member=cpu=1"], &["--member", "\"cpu\""]),
         (&["launch", k, "--disk=@/none"], &["--disk", "no such file"]),
         (&["launch", k, "--disk=@/folder"], &["--disk", "is a directory"]),
         (&["launch", k, "--disk=@/text,member=2"], &["--disk", "member=2"]),
