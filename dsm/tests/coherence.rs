@@ -32,17 +32,18 @@ fn preloaded_memory_is_seen_by_all() {
     if !usable() {
         return;
     }
-    let members = group(2, &ranges(&[0, 1], 16), |_| ());
-    let bytes: Vec<u8> = (0..10_000u32).map(|n| (n % 253) as u8).collect();
+    let members = group(2, &ranges(&[0, 1], 200), |_| ());
+    let bytes: Vec<u8> = (0..600_000u32).map(|n| (n % 253) as u8).collect();
     members[0].preload(100, &bytes[..5000]).unwrap();
     members[0].preload(5100, &bytes[5000..]).unwrap();
+    assert_eq!(members[0].snapshot().pages_preloaded, 600_100u64.div_ceil(4096));
     for member in &members {
         let memory = member.memory();
         for (gpa, byte) in (100u64..).zip(&bytes) {
             assert_eq!(memory.u8_at(gpa).unwrap().load(SeqCst), *byte, "{gpa:#x}");
         }
         assert_eq!(memory.u8_at(99).unwrap().load(SeqCst), 0);
-        assert_eq!(memory.u8_at(10_100).unwrap().load(SeqCst), 0);
+        assert_eq!(memory.u8_at(600_100).unwrap().load(SeqCst), 0);
     }
     assert!(members[1].preload(0, &[1]).is_err());
     assert!(members[0].preload(100, &[1]).is_err());
@@ -56,7 +57,7 @@ fn locked_increments_are_exact() {
     const ROUNDS: u64 = 3000;
     for n in 2..=4u16 {
         let homes: Vec<u16> = (0..n).collect();
-        let members = group(n, &ranges(&homes, 4), |_| ());
+        let members = group(n, &ranges(&homes, 4), |cfg| cfg.shards = usize::from(n) - 1);
         thread::scope(|scope| {
             for member in &members {
                 for thread in 0..2u64 {

@@ -11,7 +11,7 @@ use super::shard::{After, Env, PageBuf, Shard};
 use super::{DsmError, PAGE};
 use crate::addr::{Epoch, MAX_MEMBERS, MemberId, PAGE_SIZE};
 use crate::layout::{Layout, Page};
-use crate::protocol::pages::Share;
+use crate::protocol::pages::{BLOCK, Share};
 use crate::protocol::{Core, CoreConfig, Event, MemberSet, Msg};
 use crate::region::{Fault, Kernel, Region, RegionError};
 use crate::stats::{DsmSnapshot, FaultLog, FaultRecord, PeerTraffic, ShardStats};
@@ -274,20 +274,28 @@ impl Shell {
             let page = self.layout.page_at(gpa).filter(|p| self.layout.home_of(*p) == Some(self.cfg.me));
             let page = page.ok_or(DsmError::NotHome { gpa })?;
             let at = usize::try_from(gpa % PAGE_SIZE).unwrap_or(0);
-            let (now, later) = rest.split_at(rest.len().min(PAGE - at));
             let mut shard = self.shard(page);
-            if shard.core.preload(page) {
+            // Whole pages of one block go in together: they are the same shard's.
+            let whole = if at == 0 { u32::try_from(rest.len() / PAGE).unwrap_or(u32::MAX) } else { 0 };
+            let run = shard.core.preload(page, whole.min(BLOCK - page.0 % BLOCK));
+            let len = if run > 0 { run as usize * PAGE } else { rest.len().min(PAGE - at) };
+            let (now, later) = rest.split_at(len);
+            if run > 0 {
+                self.region.fill_run(page, now, false)?;
+                shard.stats.preloaded(run);
+            } else if shard.core.preload(page, 1) == 1 {
                 let mut buf = [0; PAGE];
                 if let Some(room) = buf.get_mut(at..at + now.len()) {
                     room.copy_from_slice(now);
                 }
                 self.region.fill_run(page, &buf, false)?;
-                shard.stats.preloaded();
+                shard.stats.preloaded(1);
             } else if shard.core.cache().state(page) == crate::protocol::cache::State::Modified {
                 self.region.write(page, at, now)?;
             } else {
                 return Err(DsmError::InUse { gpa });
             }
+            drop(shard);
             gpa = gpa.saturating_add(now.len() as u64);
             rest = later;
         }

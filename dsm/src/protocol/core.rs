@@ -265,15 +265,7 @@ impl<D> Core<D> {
         }
         let mut count = 0;
         while count < self.first_touch.max(1) {
-            let Some(next) = page.0.checked_add(count).map(Page).filter(|p| self.is_unclaimed(*p)) else {
-                break;
-            };
-            // A run of page numbers is a run of addresses only inside one range.
-            if self.layout.gpa_of(next)
-                != self.layout.gpa_of(page) + u64::from(count) * crate::addr::PAGE_SIZE
-            {
-                break;
-            }
+            let Some(next) = self.neighbour(page, count).filter(|p| self.is_unclaimed(*p)) else { break };
             self.take(next);
             count += 1;
         }
@@ -282,13 +274,24 @@ impl<D> Core<D> {
         true
     }
 
-    /// Makes this member the owner of a page homed here that nobody has touched, for filling it before anybody can
-    /// fault. The shell must put the contents in place, writable. `false` if the page is not of that kind.
-    pub fn preload(&mut self, page: Page) -> bool {
-        let free = self.is_unclaimed(page);
-        if free {
-            self.take(page);
+    /// Makes this member the owner of pages homed here that nobody has touched, for filling them before anybody can
+    /// fault. The shell must put the contents in place, writable. Returns how many of the `count` pages from `page` on
+    /// were of that kind without a gap; they are neighbours in address, too.
+    pub fn preload(&mut self, page: Page, count: u32) -> u32 {
+        let mut taken = 0;
+        while taken < count {
+            let Some(next) = self.neighbour(page, taken).filter(|p| self.is_unclaimed(*p)) else { break };
+            self.take(next);
+            taken += 1;
         }
-        free
+        taken
+    }
+
+    /// The `n`th page behind `page`, if it is `n` pages behind it in address: a run of page numbers is a run of
+    /// addresses only inside one range.
+    fn neighbour(&self, page: Page, n: u32) -> Option<Page> {
+        let next = Page(page.0.checked_add(n)?);
+        let gpa = self.layout.gpa_of(page) + u64::from(n) * crate::addr::PAGE_SIZE;
+        (self.layout.gpa_of(next) == gpa).then_some(next)
     }
 }

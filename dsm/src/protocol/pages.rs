@@ -3,7 +3,7 @@
 use crate::layout::Page;
 
 /// Neighbouring pages stay together in blocks of this many, so that one core can serve a run of pages.
-const BLOCK: u32 = 64;
+pub const BLOCK: u32 = 64;
 
 /// A member's pages are dealt out to `1 << bits` cores in blocks; this is core `index`'s share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -256,8 +256,8 @@ fn first_touch_brings_untouched_neighbours_of_the_same_range() {
         token_key: 0,
         first_touch: 8,
     });
-    assert!(core.preload(Page(2)));
-    assert!(!core.preload(Page(2)) && !core.preload(Page(3)));
+    assert_eq!(core.preload(Page(2), 5), 1);
+    assert_eq!((core.preload(Page(2), 1), core.preload(Page(3), 1)), (0, 0));
     let mut out = Vec::new();
     core.handle(0, Event::Fault { page: Page(0), write: false }, &mut out).unwrap();
     assert!(matches!(out.as_slice(), [Command::Zero { page: Page(0), count: 2, .. }]));

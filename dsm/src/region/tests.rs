@@ -114,3 +114,22 @@ fn what_is_not_there_is_an_error() {
         assert!(matches!(result, Err(RegionError::Step { .. })), "{result:?}");
     }
 }
+
+#[test]
+fn who_waits_when_the_memory_closes_gets_an_error_and_no_zeros() {
+    let Some(region) = region(4, 2) else { return };
+    let (mut out, _in) = std::os::unix::net::UnixStream::pair().unwrap();
+    thread::scope(|scope| {
+        let mapping = region.mappings()[0];
+        let writer = scope.spawn(move || {
+            // SAFETY: the mapping lives until the scope has ended, and only the kernel looks at the bytes: the system call
+            // waits for the page as KVM_RUN would.
+            let page = unsafe { std::slice::from_raw_parts({ mapping }.hva, PAGE) };
+            std::io::Write::write(&mut out, page)
+        });
+        let fault = next_fault(&region);
+        assert_eq!(fault.page, Page(0));
+        region.close();
+        assert_eq!(writer.join().unwrap().unwrap_err().raw_os_error(), Some(libc::EFAULT));
+    });
+}

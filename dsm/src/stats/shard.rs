@@ -128,9 +128,9 @@ impl ShardStats {
         self.holds += 1;
     }
 
-    /// A page was filled before use.
-    pub fn preloaded(&mut self) {
-        self.preloaded += 1;
+    /// Pages were filled before use.
+    pub fn preloaded(&mut self, pages: u32) {
+        self.preloaded += u64::from(pages);
     }
 }
 
