@@ -5,12 +5,17 @@ use super::shell::Shell;
 use crate::layout::Page;
 use crate::protocol::MemberSet;
 use crate::transport::frame::Header;
+use crate::transport::link::Link;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fd::OwnedFd;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::io;
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Time that peers have to notice a farewell.
+const LINGER: Duration = Duration::from_millis(500);
 
 /// What other threads tell the keeper.
 #[derive(Debug)]
@@ -98,6 +103,19 @@ pub(super) fn run(shell: &Shell) {
         }
         wait(shell, keeper.next().unwrap_or(u64::MAX).min(checked + beat));
     }
+    if shell.is_leaving() {
+        linger(shell);
+    }
+}
+
+/// After a farewell: lets the peers finish, then ends what is left of the streams, so that no receive thread waits for
+/// ever.
+fn linger(shell: &Shell) {
+    let end = Instant::now() + LINGER;
+    while Instant::now() < end && !shell.links().all(Link::has_ended) {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    shell.links().for_each(Link::close);
 }
 
 fn wait(shell: &Shell, until: u64) {

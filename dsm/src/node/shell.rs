@@ -184,6 +184,11 @@ impl Shell {
         self.state.load(Ordering::Acquire) == RUNNING
     }
 
+    /// Whether the member leaves in order: its peers may still have something to say.
+    pub(super) fn is_leaving(&self) -> bool {
+        self.state.load(Ordering::Acquire) == STOPPED
+    }
+
     fn shard(&self, page: Page) -> MutexGuard<'_, Shard> {
         let index = Share::index_of(page, SHARD_BITS) as usize;
         lock(&self.shards[index % self.shards.len()])
@@ -345,13 +350,13 @@ impl Shell {
         if before == STOPPED {
             return;
         }
+        let bye = Header::bye(self.cfg.me, self.cfg.epoch);
         for link in self.links() {
             if before == RUNNING {
-                link.push(&Header::bye(self.cfg.me, self.cfg.epoch));
-                // What does not go now never goes; the peer then sees a broken connection, which is the truth.
-                let _ = link.flush(self.now());
+                link.finish(&bye, self.now());
+            } else {
+                link.close();
             }
-            link.close();
         }
         self.keeper.stop();
         self.region.close();

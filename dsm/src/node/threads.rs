@@ -7,6 +7,7 @@ use crate::transport::frame::{Frame, Rules};
 use crate::transport::link::Link;
 use crate::transport::reader::{FrameReader, ReadError};
 use rustix::event::{PollFd, PollFlags};
+use std::io::Read;
 
 /// What one thread does.
 #[derive(Clone, Copy, Debug)]
@@ -69,21 +70,40 @@ fn faults(shell: &Shell, shard: usize) {
 
 fn receive(shell: &Shell, link: &Link) {
     let peer = link.peer();
+    if let Err(cause) = frames(shell, link)
+        && shell.is_running()
+    {
+        shell.fail(Some(peer), cause);
+    }
+    // A stream that is closed with unread bytes in it is reset, and the peer might lose our farewell.
+    if shell.is_leaving() {
+        let mut rest = [0; 4096];
+        while matches!(link.stream().read(&mut rest), Ok(n) if n > 0) {}
+    }
+    link.set_ended();
+}
+
+/// Reads frames until the member stops or the peer has left in order.
+fn frames(shell: &Shell, link: &Link) -> Result<(), Cause> {
+    let peer = link.peer();
     let mut reader = FrameReader::new(link.stream());
     let rules = Rules { peer, epoch: shell.config().epoch, layout: shell.layout(), members: shell.members() };
     while shell.is_running() {
         let (header, bytes) = match reader.next(|n| link.note_read(shell.now(), n)) {
             Ok(next) => next,
-            Err(ReadError::Closed) if link.has_left() => return,
-            Err(ReadError::Frame(e)) => return shell.fail(Some(peer), Cause::Violation(e.to_string())),
-            Err(e) => return shell.fail(Some(peer), Cause::Disconnected(e.to_string())),
+            Err(ReadError::Closed) if link.has_left() => return Ok(()),
+            Err(ReadError::Frame(e)) => return Err(Cause::Violation(e.to_string())),
+            Err(e) => return Err(Cause::Disconnected(e.to_string())),
         };
         link.note_message();
-        match header.decode(&rules, || ()) {
-            Ok(Frame::Page(page, msg)) => shell.message(peer, page, msg, bytes),
-            Ok(Frame::Ping) => {}
-            Ok(Frame::Bye) => link.set_left(),
-            Err(e) => return shell.fail(Some(peer), Cause::Violation(e.to_string())),
+        match header.decode(&rules, || ()).map_err(|e| Cause::Violation(e.to_string()))? {
+            Frame::Page(page, msg) => shell.message(peer, page, msg, bytes),
+            Frame::Ping => {}
+            Frame::Bye => {
+                link.set_left();
+                link.answer_farewell();
+            }
         }
     }
+    Ok(())
 }

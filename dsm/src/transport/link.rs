@@ -51,6 +51,7 @@ pub struct Link<S = TcpStream> {
     heard: AtomicU64,
     spoke: AtomicU64,
     left: AtomicBool,
+    ended: AtomicBool,
     sent_messages: AtomicU64,
     sent_bytes: AtomicU64,
     got_messages: AtomicU64,
@@ -73,6 +74,7 @@ impl<S: Socket> Link<S> {
             heard: AtomicU64::new(now),
             spoke: AtomicU64::new(now),
             left: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
             sent_messages: AtomicU64::new(0),
             sent_bytes: AtomicU64::new(0),
             got_messages: AtomicU64::new(0),
@@ -221,10 +223,35 @@ impl<S: Socket> Link<S> {
 }
 
 impl Link {
+    /// Says farewell and ends the sending direction. The other end has all of it before it sees the end.
+    pub fn finish(&self, farewell: &Header, now: u64) {
+        self.push(farewell);
+        let mut writer = lock(&self.writer);
+        // What the socket does not take now never goes; the peer then sees a broken connection, which is the truth.
+        let _ = self.drain(&mut writer, now);
+        // It may be closed already.
+        let _ = self.stream.shutdown(Shutdown::Write);
+    }
+
+    /// Ends the sending direction towards a peer that has said farewell: it waits for that.
+    pub fn answer_farewell(&self) {
+        let _ = self.stream.shutdown(Shutdown::Write);
+    }
+
     /// Ends the stream in both directions; a thread that reads from it wakes.
     pub fn close(&self) {
         // It may be closed already.
         let _ = self.stream.shutdown(Shutdown::Both);
+    }
+
+    /// Notes that nobody reads from the stream any more.
+    pub fn set_ended(&self) {
+        self.ended.store(true, Ordering::Release);
+    }
+
+    /// Whether nobody reads from the stream any more.
+    pub fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
     }
 }
 
