@@ -141,7 +141,7 @@ pub async fn run(args: LaunchArgs) -> u8 {
         input: (manner.console && !manner.detach).then_some(wish_tx),
         at_line_start: true,
     };
-    let name = spec.name.clone();
+    let (name, local) = (spec.name.clone(), !spec.uses_nodes());
     let launched = launcher::launch(spec, manner, &mut screen, wishes).await;
     screen.leave();
     match launched {
@@ -160,10 +160,7 @@ pub async fn run(args: LaunchArgs) -> u8 {
             } else {
                 output::error(&format!("{name}: {end}"));
                 let kept = crate::control::rundir::kept_log(&crate::control::rundir::root().join(&name));
-                if kept
-                    .metadata()
-                    .is_ok_and(|m| m.modified().is_ok_and(|t| t.elapsed().is_ok_and(|e| e.as_secs() < 30)))
-                {
+                if local && kept.exists() {
                     screen.say(&format!("its log is {}", kept.display()));
                 }
             }

@@ -94,9 +94,9 @@ impl RunDir {
             if !same_file(&lock, &file) {
                 continue;
             }
-            for left in ["api.sock", "log"] {
-                match fs::remove_file(path.join(left)) {
-                    Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(io(&path.join(left))(e)),
+            for left in [path.join("api.sock"), path.join("log"), kept_log(&path)] {
+                match fs::remove_file(&left) {
+                    Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(io(&left)(e)),
                     _ => {}
                 }
             }

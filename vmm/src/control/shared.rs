@@ -110,6 +110,12 @@ impl Shared {
         }
     }
 
+    /// True when a vCPU lives on a member.
+    pub fn has_vcpu(&self, member: dsm::addr::MemberId, vcpu: u32) -> bool {
+        let index = usize::try_from(vcpu).unwrap_or(usize::MAX);
+        self.lock().info.vcpus.get(index) == Some(&member.0)
+    }
+
     /// The guest runs.
     pub fn running(&self) {
         let mut picture = self.lock();

@@ -260,6 +260,7 @@ async fn the_guest_ends_the_vm() {
     let table = [
         (exit(0, VmExit::PowerOff), End::PowerOff),
         (exit(1, VmExit::Reset), End::Reset),
+        // vCPU 3 lives on member 1.
         (exit(1, fault), End::TripleFault { vcpu: 3, registers: "rip=1".into() }),
     ];
     for (script, expected) in table {

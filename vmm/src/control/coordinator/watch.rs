@@ -21,6 +21,8 @@ const SETTLE: Duration = Duration::from_millis(400);
 enum Rank {
     /// The guest did it.
     Guest,
+    /// The guest did it, says a member that was only told.
+    GuestElsewhere,
     /// A member says what is wrong with its own host.
     Own,
     /// A process is gone.
@@ -143,7 +145,12 @@ impl Coordinator {
             Ok(FromMember::Event(MemberEvent::Exit(VmExit::Stopped { reason }))) => {
                 (Rank::Consequence, End::Stopped { by: reason })
             }
-            Ok(FromMember::Event(MemberEvent::Exit(exit))) => (Rank::Guest, End::from_exit(exit)),
+            Ok(FromMember::Event(MemberEvent::Exit(exit))) => {
+                // Only the member that had the vCPU has its registers.
+                let told =
+                    matches!(exit, VmExit::TripleFault { vcpu, .. } if !self.shared.has_vcpu(id, vcpu));
+                (if told { Rank::GuestElsewhere } else { Rank::Guest }, End::from_exit(exit))
+            }
             Ok(FromMember::Event(MemberEvent::Failed(reason))) => (Rank::Hearsay, End::Failed(named(reason))),
             Ok(FromMember::Event(MemberEvent::PeerLost { peer, reason })) => {
                 let host = self.host_of(peer);
