@@ -104,7 +104,8 @@ pub(crate) mod tests {
         assert_eq!(with(|_| {}).unwrap().tsc_khz, 2_000_000);
         with(|f| f.tsc_khz = 2_000_400).unwrap();
         with(|f| (f.tsc_khz, f.tsc_scaling) = (3_000_000, true)).unwrap();
-        let table: [(fn(&mut HostFacts), &str); 3] = [
+        type Change = fn(&mut HostFacts);
+        let table: [(Change, &str); 3] = [
             (|f| f.nested_paging = false, "shadow paging"),
             (|f| f.virtualization = Virtualization::Intel, "one kind"),
             (|f| f.tsc_khz = 2_100_000, "2100000 kHz"),
