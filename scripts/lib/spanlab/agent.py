@@ -69,16 +69,16 @@ def _read(stream, size):
     return data
 
 
-def run(address, script, timeout, on_output=None, stdin=None):
+def run(address, script, timeout, on_output=None, stdin=None, grace=GRACE):
     """Runs a shell script in a host for at most `timeout` seconds; raises `Unreachable` when the host does not answer.
 
     `on_output(stream, bytes)`, with stream 1 or 2, gets output as it comes; else the result holds it.
     `stdin` is bytes, or a file descriptor to copy from.
     """
     start = time.monotonic()
-    deadline = start + timeout + GRACE
+    deadline = start + timeout + grace
     result = Result()
-    with address.connect(min(timeout, 10) + 5) as stream:
+    with address.connect(min(timeout + grace, 15)) as stream:
         try:
             stream.sendall(_frame(b"T", address.token.encode()))
             stream.sendall(_frame(b"R", struct.pack("<I", max(1, int(timeout))) + script.encode()))
@@ -91,7 +91,7 @@ def run(address, script, timeout, on_output=None, stdin=None):
             while True:
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    raise Unreachable(f"no answer {GRACE} s after the command's own limit of {timeout} s")
+                    raise Unreachable(f"no answer {grace} s after the command's own limit of {timeout} s")
                 stream.settimeout(left)
                 header = _read(stream, 5)
                 data = _read(stream, struct.unpack("<I", header[1:])[0])

@@ -211,11 +211,13 @@ def _wait(lab, host, end, deadline, given_up):
             if not process.alive():
                 log = Path(lab.directory / f"{process.what}.log").read_text(errors="replace").strip()[-500:]
                 raise Failure(f"{process.what} of the lab ended during the boot: {log or 'it said nothing'}")
-        try:
-            result = agent.run(lab.address(host), check, 10)
-            break
-        except agent.Unreachable:
-            pass
+        # A connection from before the host listens is repeated by the emulator's network at ever longer intervals.
+        if "lab: ready" in _console(host):
+            try:
+                result = agent.run(lab.address(host), check, 15)
+                break
+            except agent.Unreachable:
+                pass
         if time.monotonic() > end or given_up.is_set():
             raise Failure(f"host {host.name} was not up after {deadline} s; its console: {host.console}")
         given_up.wait(0.1)
@@ -223,6 +225,14 @@ def _wait(lab, host, end, deadline, given_up):
         raise Failure(f"host {host.name} has no /dev/kvm; its console: {host.console}")
     if not any(word in ("1", "Y") for word in result.text.split()):
         raise Failure(f"host {host.name} has no nested paging; its console: {host.console}")
+
+
+def _console(host):
+    """What a host's console says so far."""
+    try:
+        return Path(host.console).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _spawn(lab, what, argv, keep):
