@@ -4,12 +4,10 @@ import json
 import os
 import secrets
 import shlex
-import shutil
 import subprocess
 import threading
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from . import agent, console, images
 from .common import TARGET, Failure, die_with_parent, kill_group, say
@@ -244,11 +242,3 @@ def boot(where, plan, show=None):
     looker.join(90 if plan.linger else 5)
     outcome.total_s = time.monotonic() - start
     return outcome
-
-
-def binary():
-    """The `spanvm` for this machine, built."""
-    built = images.build_static("spanvm", "ssicheck")
-    if not shutil.which(str(built / "spanvm")):
-        raise Failure(f"{built / 'spanvm'} was not built")
-    return Path(built / "spanvm")

@@ -105,8 +105,7 @@ def _bare_run(left):
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         raise Skip("no /dev/kvm, or no permission to use it")
     elf = _bare_elf(left)
-    call(["cargo", "build", "--release", "--locked", "-p", "spanvm"], min(left, 900), "cargo build")
-    binary = images.target_directory() / "release" / "spanvm"
+    binary = images.build_static("spanvm", "ssicheck", "labagent") / "spanvm"
     for test in BARE_TESTS:
         command = f"exec {binary} launch --name test-{os.getpid()} --kernel {elf} --members 2 --cpus 2 --memory 64M --rng off"
         result = guestrun.Local(binary).sh(f"{command} --cmdline 'test={test} cpus=2 iterations=20000'", min(left, 180))
