@@ -30,6 +30,42 @@ impl<'de, T: DeserializeOwned> Deserialize<'de> for Json<T> {
     }
 }
 
+/// `#[serde(with = "codec::blob")]` for a `Vec<u8>`: it travels as one piece. Serde alone would take it byte by
+/// byte, which costs seconds for a boot image.
+pub mod blob {
+    use super::{Deserializer, Serializer, de};
+    use std::fmt;
+
+    /// Writes the bytes.
+    ///
+    /// # Errors
+    /// Those of the format.
+    pub fn serialize<S: Serializer>(bytes: &[u8], to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_bytes(bytes)
+    }
+
+    /// Reads the bytes.
+    ///
+    /// # Errors
+    /// Those of the format.
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<u8>, D::Error> {
+        struct Blob;
+        impl de::Visitor<'_> for Blob {
+            type Value = Vec<u8>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("bytes")
+            }
+            fn visit_bytes<E: de::Error>(self, bytes: &[u8]) -> Result<Vec<u8>, E> {
+                Ok(bytes.to_vec())
+            }
+            fn visit_byte_buf<E: de::Error>(self, bytes: Vec<u8>) -> Result<Vec<u8>, E> {
+                Ok(bytes)
+            }
+        }
+        from.deserialize_byte_buf(Blob)
+    }
+}
+
 /// Why a message could not be sent or received.
 #[derive(Debug, thiserror::Error)]
 pub enum CodecError {

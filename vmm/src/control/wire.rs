@@ -88,9 +88,9 @@ pub enum ToCoordinator {
         console: bool,
     },
     /// The next piece of an image.
-    Image(ImageKind, Vec<u8>),
+    Image(ImageKind, #[serde(with = "super::codec::blob")] Vec<u8>),
     /// Bytes typed at the console.
-    Input(Vec<u8>),
+    Input(#[serde(with = "super::codec::blob")] Vec<u8>),
     /// Go on without the launcher.
     Detach,
     /// End the VM.
@@ -113,7 +113,7 @@ pub enum FromCoordinator {
         host: String,
     },
     /// Output of the guest's serial console.
-    Console(Vec<u8>),
+    Console(#[serde(with = "super::codec::blob")] Vec<u8>),
     /// The last message.
     Ended(End),
 }
