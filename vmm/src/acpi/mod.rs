@@ -15,7 +15,7 @@ use acpi_tables::{Aml, rsdp::Rsdp};
 /// Where the tables start: the read-only area below 1 MiB in which old systems look for the RSDP.
 pub const ACPI_START: u64 = 0xE_0000;
 /// First address behind the area for tables.
-pub const ACPI_END: u64 = 0x10_0000;
+pub const ACPI_END: u64 = crate::boot::firmware::FIRMWARE_START;
 /// Tables start at multiples of this.
 const ALIGNMENT: u64 = 16;
 

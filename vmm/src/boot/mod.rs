@@ -3,7 +3,8 @@
 //! [`load_kernel`] takes a kernel ([`bzimage`] or [`elf`]), an initrd, a command line and the ACPI tables, and
 //! decides where each goes ([`plan`], pure: bytes in, list of writes out). The writes then go through one
 //! closure, so that the caller can fill pages at their home without a fault per page. [`ram`] is the memory
-//! map that the guest is told, [`params`] the structures that tell it, [`entry`] the first vCPU's registers.
+//! map that the guest is told, [`params`] the structures that tell it, [`entry`] the first vCPU's registers,
+//! [`firmware`] the way to reset.
 //!
 //! Two protocols: Linux's 64-bit boot protocol (Documentation/arch/x86/boot.rst) for a bzImage and for an ELF
 //! without a note, and PVH (xen/docs/misc/pvh.pandoc) for an ELF with a `XEN_ELFNOTE_PHYS32_ENTRY` note.
@@ -11,6 +12,7 @@
 pub mod bzimage;
 pub mod elf;
 pub mod entry;
+pub mod firmware;
 pub mod params;
 pub mod plan;
 pub mod ram;

@@ -3,6 +3,7 @@
 use super::bzimage::{self, BzImage};
 use super::elf::{self, ElfKernel};
 use super::entry::{BootEntry, BootProtocol, page_tables};
+use super::firmware;
 use super::ram::RamMap;
 use super::{
     BootError, CMDLINE_START, ELF_CMDLINE_MAX, GDT_START, KERNEL_START, PAGE_TABLES, Preload, START_INFO,
@@ -99,6 +100,7 @@ pub fn plan<'a>(request: &BootRequest<'a>) -> Result<BootPlan<'a>, BootError> {
     }
     add(GDT_START, kernel.entry.gdt());
     add(CMDLINE_START, cmdline);
+    add(firmware::FIRMWARE_START, firmware::page());
     if !request.acpi.bytes.is_empty() {
         add(request.acpi.gpa, request.acpi.bytes.clone());
     }

@@ -136,6 +136,8 @@ fn bzimage_boots_through_the_zero_page() {
     assert_eq!(entry, BootEntry { protocol: BootProtocol::Linux64, rip: 0x10_0200 });
     assert_eq!(entry.regs().rsi, ZERO_PAGE);
     assert_eq!(read::<14>(&mem, CMDLINE_START), *b"console=ttyS0\0");
+    // mov dx, 0x602; mov al, 1; out dx, al at FFFF:0000.
+    assert_eq!(read::<6>(&mem, 0xF_FFF0), [0xBA, 0x02, 0x06, 0xB0, 1, 0xEE]);
     assert_eq!(read::<4>(&mem, KERNEL_START), [0x90; 4]);
     assert_eq!(u64_at(&mem, ZERO_PAGE + 0x70), ACPI_START);
     assert_eq!(u32_at(&mem, ZERO_PAGE + 0x228), 0x2_0000);
