@@ -7,6 +7,8 @@
 
 mod link;
 pub mod requests;
+#[cfg(test)]
+mod tests;
 pub mod wire;
 
 use crate::devices::Space;
