@@ -37,25 +37,25 @@ fn ioapic_offset(space: Space, addr: u64) -> Option<u64> {
 
 impl MemberMachine {
     fn local_read(&self, space: Space, addr: u64, data: &mut [u8]) {
-        match (ioapic_offset(space, addr), self.switchboard.ioapic()) {
-            (Some(offset), Some(ioapic)) => ioapic.mmio_read(offset, data),
-            _ => {
+        match ioapic_offset(space, addr) {
+            Some(offset) => match self.switchboard.ioapic() {
+                Some(ioapic) => ioapic.mmio_read(offset, data),
+                None => data.fill(0xFF),
+            },
+            // The IOAPIC is not locked here: devices raise interrupts while they are accessed.
+            None => {
                 self.platform.bus(space).read(addr, data);
             }
         }
     }
 
     fn local_write(&self, space: Space, addr: u64, data: &[u8]) {
-        match (ioapic_offset(space, addr), self.switchboard.ioapic()) {
-            (Some(offset), Some(mut ioapic)) => {
-                let messages = ioapic.mmio_write(offset, data);
-                drop(ioapic);
-                messages.iter().for_each(|m| self.switchboard.send(m));
-            }
-            _ => {
-                self.platform.bus(space).write(addr, data);
-            }
-        }
+        let Some(offset) = ioapic_offset(space, addr) else {
+            self.platform.bus(space).write(addr, data);
+            return;
+        };
+        let messages = self.switchboard.ioapic().map(|mut ioapic| ioapic.mmio_write(offset, data));
+        messages.iter().flatten().for_each(|m| self.switchboard.send(m));
     }
 
     /// The member to ask, and whether a write needs no answer; `None` if the access is local or nowhere.
