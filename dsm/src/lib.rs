@@ -10,5 +10,7 @@ pub mod layout;
 pub mod node;
 pub mod protocol;
 pub mod region;
+pub mod seeded;
+pub mod sim;
 pub mod stats;
 pub mod transport;

@@ -37,7 +37,12 @@ pub struct FrameReader<R> {
 impl<R: Read> FrameReader<R> {
     /// Reads frames from a stream.
     pub fn new(stream: R) -> FrameReader<R> {
-        FrameReader { stream, buf: vec![0; CAPACITY], start: 0, end: 0 }
+        FrameReader::with_capacity(stream, CAPACITY)
+    }
+
+    /// Reads frames from a stream, at most `capacity` bytes at a time; there is room for one frame at least.
+    pub fn with_capacity(stream: R, capacity: usize) -> FrameReader<R> {
+        FrameReader { stream, buf: vec![0; capacity.max(HEADER_LEN + PAGE_LEN)], start: 0, end: 0 }
     }
 
     /// Makes sure that `need` bytes (at most one frame) are in the buffer; `Ok(false)` at the end of the stream

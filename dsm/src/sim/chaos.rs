@@ -1,0 +1,151 @@
+//! What the world does to the members, and what must be true of them at rest.
+
+use super::member::Member;
+use super::plan::{Chaos, Forgery};
+use super::world::World;
+use crate::addr::{Epoch, MemberId};
+use crate::layout::Page;
+use crate::protocol::cache::State;
+use crate::protocol::directory::Holders;
+use crate::protocol::{Contents, MemberSet, Msg, Right, Terms, Token};
+use crate::transport::frame::Header;
+
+/// The n-th thing of the plan happens.
+pub(super) fn happen(world: &World, n: usize) {
+    let Some((_, chaos)) = world.plan.chaos.get(n).copied() else { return };
+    world.trace(None, None, || format!("{chaos:?}"));
+    match chaos {
+        Chaos::Stall { from, to, until } => {
+            if let Some(peer) = world.member(to).and_then(|m| m.peer(from)) {
+                peer.incoming.stall(until);
+            }
+        }
+        Chaos::Stop { member, until } => {
+            if let Some(member) = world.member(member) {
+                member.stopped_until.set(until);
+            }
+        }
+        Chaos::Slow { member, factor } => {
+            if let Some(member) = world.member(member) {
+                member.slowness.set(factor);
+            }
+        }
+        Chaos::Crash { member, broken } => crash(world, member, broken),
+        Chaos::Cut { a, b, broken } => {
+            world.must_fail.borrow_mut().extend([(a, Some(b)), (b, Some(a))]);
+            close(world, a, b, broken);
+            close(world, b, a, broken);
+        }
+        Chaos::Forge { from, to, what } => forge(world, from, to, what),
+    }
+}
+
+fn close(world: &World, from: u16, to: u16, broken: bool) {
+    if let Some(peer) = world.member(to).and_then(|m| m.peer(from)) {
+        peer.incoming.close(broken);
+    }
+}
+
+fn crash(world: &World, number: u16, broken: bool) {
+    let Some(member) = world.member(number) else { return };
+    member.is_dead.set(true);
+    for other in world.members.iter().filter(|m| m.number != number) {
+        world.must_fail.borrow_mut().push((other.number, Some(number)));
+        close(world, number, other.number, broken);
+        close(world, other.number, number, true);
+    }
+    for page in (0..world.layout.pages()).map(Page) {
+        let result = world.truth.borrow_mut().set_right(number, page, false, false);
+        world.expect(Some(page), result);
+    }
+}
+
+/// A page whose home is, or is not, `member`; any page if there is none.
+fn page_of(world: &World, member: u16, is_home: bool) -> Option<Page> {
+    let home = |p: &Page| (world.layout.home_of(*p) == Some(MemberId(member))) == is_home;
+    (0..world.layout.pages()).map(Page).find(home)
+}
+
+/// `from` sends `to` a frame that must be refused, whatever the state of the two.
+fn forge(world: &World, from: u16, to: u16, what: Forgery) {
+    let Some(peer) = world.member(from).and_then(|m| m.peer(to)) else { return };
+    let token = Token(world.sched.rng.next());
+    let terms = Terms { token, right: Right::Modified, acks: MemberSet::EMPTY, done: true };
+    let requester = MemberId(from);
+    let (me, epoch, stale) = (MemberId(from), world.epoch, Epoch(world.epoch.0 - 1));
+    let homed = page_of(world, to, true);
+    let foreign = page_of(world, from, false);
+    let any = Page(0);
+    let message = |me, epoch, page: Page, msg: Msg<()>| {
+        Some(Header::message(me, epoch, world.layout.gpa_of(page), &msg))
+    };
+    let get = Msg::Get { write: true, token };
+    let header = match what {
+        Forgery::StaleGet => message(me, stale, homed.unwrap_or(any), get),
+        Forgery::StaleAck => message(me, stale, any, Msg::InvAck { token }),
+        Forgery::Done => message(me, epoch, homed.unwrap_or(any), Msg::Done { token }),
+        Forgery::Ack => message(me, epoch, any, Msg::InvAck { token }),
+        Forgery::Grant => message(me, epoch, any, Msg::Grant { terms, contents: Contents::Zero }),
+        Forgery::Invalidate => {
+            foreign.and_then(|p| message(me, epoch, p, Msg::Invalidate { requester, token }))
+        }
+        Forgery::Forward => {
+            foreign.and_then(|p| message(me, epoch, p, Msg::Forward { requester, terms, data: true }))
+        }
+        Forgery::Sender => message(MemberId(to), epoch, homed.unwrap_or(any), get),
+        Forgery::Home => page_of(world, to, false).and_then(|p| message(me, epoch, p, get)),
+    };
+    if let Some(header) = header {
+        world.must_fail.borrow_mut().push((to, Some(from)));
+        world.trace_sent(from, to, &header);
+        peer.link.push(&header);
+        world.flushed_soon(from, to);
+    }
+}
+
+/// At rest nobody waits, nothing is in flight, and the directory says what the memories hold.
+pub(super) fn agree(world: &World) -> Result<(), String> {
+    for page in (0..world.layout.pages()).map(Page) {
+        let Some(home) = world.layout.home_of(page).and_then(|h| world.member(h.0)) else { continue };
+        let shard = home.shard.borrow();
+        if shard.core.directory().is_busy(page) {
+            return Err(format!("the transaction of page {} never ends", page.0));
+        }
+        let holders = shard.core.directory().holders(page);
+        drop(shard);
+        for member in &world.members {
+            check_member(member, page, holders)?;
+        }
+    }
+    let in_flight =
+        world.members.iter().flat_map(|m| m.peers.iter().flatten()).find(|p| !p.incoming.is_empty());
+    in_flight.map_or(Ok(()), |p| Err(format!("bytes from {} are never read", p.link.peer())))
+}
+
+fn check_member(member: &Member, page: Page, holders: Holders) -> Result<(), String> {
+    let me = MemberId(member.number);
+    let due = match holders {
+        Holders::Modified { owner } if owner == me => State::Modified,
+        Holders::Shared { sharers, .. } if sharers.has(me) => State::Shared,
+        _ => State::Invalid,
+    };
+    let memory = member.memory.borrow();
+    let held = match memory.copy(page) {
+        None => State::Invalid,
+        Some(copy) if copy.writable => State::Modified,
+        Some(_) => State::Shared,
+    };
+    let shard = member.shard.borrow();
+    let cache = shard.core.cache();
+    if cache.is_pending(page) {
+        return Err(format!("{me} waits for page {} for ever", page.0));
+    }
+    let known = cache.state(page);
+    if (due, due) != (held, known) {
+        return Err(format!(
+            "page {} is {due:?} at {me} says its home, {known:?} says {me}, and its memory has it {held:?}",
+            page.0
+        ));
+    }
+    Ok(())
+}

@@ -1,0 +1,513 @@
+//! The world of one run: who does what next, and whether what must hold still holds.
+//!
+//! One event is one step of one thread of one member. While a node's thread carries out a command, [`World::pause`] lets
+//! the rest of the world go on between its steps: the threads of the same member use its memory, its frames may be sent
+//! by another of its threads, and other members do whatever they do. Only what a lock forbids waits.
+
+use super::chaos;
+use super::member::{Failure, Member, Peer, Place};
+use super::net::{Pipe, Stream};
+use super::plan::{MS, Plan};
+use super::sched::{Event, Sched};
+use super::trace::Trace;
+use super::truth::{Truth, WORDS};
+use crate::addr::{Epoch, MemberId};
+use crate::layout::{Layout, Page};
+use crate::node::Cause;
+use crate::node::shard::After;
+use crate::protocol::{CoreConfig, Event as Input, MemberSet, pages::Share};
+use crate::region::Kernel;
+use crate::transport::frame::{Frame, HEADER_LEN, Header, PAGE_LEN, Rules};
+use crate::transport::link::{Flush, Link};
+use crate::transport::reader::{FrameReader, ReadError};
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+
+/// Commands whose steps may be interrupted while the steps of another one are.
+const DEPTH: u32 = 3;
+/// An access that takes longer than this after everything has healed is taken for lost.
+const PATIENCE: u64 = 400 * MS;
+/// Time between two looks at those who wait.
+const WATCH: u64 = 20 * MS;
+/// A run with more events is going round in circles.
+const MOST_EVENTS: u64 = 3_000_000;
+
+/// How often things happened that a run must not be without.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Tally {
+    pub(super) accesses: u64,
+    pub(super) faults: u64,
+    pub(super) frames: u64,
+    pub(super) holds: u64,
+    pub(super) pauses: u64,
+    pub(super) exists: u64,
+    pub(super) again: u64,
+    pub(super) full: u64,
+    pub(super) handled: u64,
+}
+
+/// What went wrong in a run.
+#[derive(Clone, Debug)]
+pub(super) struct Verdict {
+    pub(super) what: String,
+    pub(super) page: Option<Page>,
+}
+
+/// Everything there is.
+#[derive(Debug)]
+pub(super) struct World {
+    pub(super) plan: Plan,
+    pub(super) sched: Rc<Sched>,
+    pub(super) layout: Arc<Layout>,
+    pub(super) epoch: Epoch,
+    pub(super) members: Vec<Member>,
+    pub(super) truth: RefCell<Truth>,
+    pub(super) trace: Trace,
+    pages: Vec<Page>,
+    set: MemberSet,
+    depth: Cell<u32>,
+    tally: Cell<Tally>,
+    verdict: RefCell<Option<Verdict>>,
+    /// Members that must fail, and by whose fault, since the fatal event.
+    pub(super) must_fail: RefCell<Vec<(u16, Option<u16>)>>,
+    unique: Cell<u64>,
+    is_over: Cell<bool>,
+}
+
+impl World {
+    pub(super) fn new(seed: u64, plan: impl FnOnce(&Sched) -> Plan, trace: bool) -> Option<World> {
+        let sched = Rc::new(Sched::new(seed));
+        let plan = plan(&sched);
+        let layout = Arc::new(Layout::new(&plan.memory).ok()?);
+        let members = plan.members;
+        let pipe = |from, to| Rc::new(Pipe::new(sched.clone(), from, to, plan.wire));
+        let pipes: Vec<Vec<Rc<Pipe>>> =
+            (0..members).map(|from| (0..members).map(|to| pipe(from, to)).collect()).collect();
+        let find = |from: u16, to: u16| pipes.get(usize::from(from))?.get(usize::from(to)).cloned();
+        let peer = |me: u16, other: u16| {
+            let (outgoing, incoming) = (find(me, other)?, find(other, me)?);
+            let reader = FrameReader::with_capacity(Stream(incoming.clone()), 2 * (HEADER_LEN + PAGE_LEN));
+            let link = Link::new(MemberId(other), outgoing, 0);
+            (me != other).then_some(Peer { link, reader: RefCell::new(reader), incoming })
+        };
+        let core = |me| CoreConfig {
+            me: MemberId(me),
+            layout: layout.clone(),
+            share: Share::WHOLE,
+            hold: plan.hold,
+            token_key: sched.rng.next() | 1,
+            first_touch: plan.first_touch,
+        };
+        let member = |me| Member::new(me, core(me), (0..members).map(|other| peer(me, other)).collect());
+        let mut world = World {
+            members: (0..members).map(member).collect(),
+            truth: RefCell::new(Truth::new(layout.pages())),
+            trace: Trace::new(trace),
+            pages: (0..layout.pages()).map(Page).collect(),
+            set: MemberSet(u64::MAX >> (64 - members.clamp(1, 64))),
+            epoch: Epoch(7),
+            depth: Cell::default(),
+            tally: Cell::default(),
+            verdict: RefCell::default(),
+            must_fail: RefCell::default(),
+            unique: Cell::new(1),
+            is_over: Cell::default(),
+            plan,
+            layout: layout.clone(),
+            sched: sched.clone(),
+        };
+        if !world.pages.is_empty() {
+            let hot = sched.rng.index(world.pages.len());
+            world.pages.swap(0, hot);
+        }
+        Some(world)
+    }
+
+    pub(super) fn tally(&self) -> Tally {
+        self.tally.get()
+    }
+
+    pub(super) fn count(&self, add: impl FnOnce(&mut Tally)) {
+        let mut tally = self.tally.get();
+        add(&mut tally);
+        self.tally.set(tally);
+    }
+
+    pub(super) fn trace(&self, member: Option<u16>, page: Option<Page>, text: impl FnOnce() -> String) {
+        self.trace.add(self.sched.now(), member, page, text);
+    }
+
+    pub(super) fn trace_sent(&self, from: u16, to: u16, header: &Header) {
+        if !self.trace.is_on() {
+            return;
+        }
+        match header.decode(&self.rules(from), || ()) {
+            Ok(Frame::Page(page, msg)) => self.trace(Some(from), Some(page), || format!("to {to}: {msg:?}")),
+            other => self.trace(Some(from), None, || format!("to {to}: {other:?}")),
+        }
+    }
+
+    /// Ends the run if something is wrong.
+    pub(super) fn expect(&self, page: Option<Page>, result: Result<(), String>) {
+        if let Err(what) = result {
+            self.trace(None, page, || format!("WRONG: {what}"));
+            self.verdict.borrow_mut().get_or_insert(Verdict { what, page });
+        }
+    }
+
+    pub(super) fn member(&self, number: u16) -> Option<&Member> {
+        self.members.get(usize::from(number))
+    }
+
+    fn rules(&self, peer: u16) -> Rules<'_> {
+        Rules { peer: MemberId(peer), epoch: self.epoch, layout: &self.layout, members: self.set }
+    }
+
+    /// Runs to the end of the workload, or to the first thing that is wrong.
+    pub(super) fn run(&self) -> Option<Verdict> {
+        if self.plan.preload {
+            self.preload();
+        }
+        for member in &self.members {
+            let threads = (0..self.plan.threads).map(|_| super::workload::Thread::new(self.plan.ops));
+            member.threads.borrow_mut().extend(threads);
+            for thread in 0..self.plan.threads {
+                self.thread_soon(member.number, thread);
+            }
+        }
+        for (n, (at, _)) in self.plan.chaos.iter().enumerate() {
+            self.sched.at(*at, Event::Chaos(n));
+        }
+        self.sched.after(WATCH, Event::Watch);
+        self.go_on(u64::MAX);
+        if self.verdict.borrow().is_none() && self.plan.fatal().is_none() {
+            self.expect(None, self.is_complete());
+            self.sweep();
+        }
+        self.verdict.borrow().clone()
+    }
+
+    /// The threads have ended: the directory and the memories must agree, and every member must read the same.
+    fn sweep(&self) {
+        self.expect(None, chaos::agree(self));
+        for member in &self.members {
+            if let Some(thread) = member.threads.borrow_mut().first_mut() {
+                thread.sweep(&self.pages);
+            }
+            self.thread_soon(member.number, 0);
+        }
+        self.sched.after(WATCH, Event::Watch);
+        self.go_on(u64::MAX);
+        self.expect(None, self.is_complete());
+        self.expect(None, chaos::agree(self));
+    }
+
+    fn is_complete(&self) -> Result<(), String> {
+        for member in &self.members {
+            for (n, thread) in member.threads.borrow().iter().enumerate() {
+                if let Some((op, since)) = thread.waiting() {
+                    return Err(format!(
+                        "nothing more will happen, but thread {n} of member {} waits to {} page {} since {} us",
+                        member.number,
+                        if op.is_write() { "write to" } else { "read" },
+                        op.page.0,
+                        since / 1000
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn preload(&self) {
+        for page in &self.pages {
+            let Some(home) = self.layout.home_of(*page).and_then(|h| self.member(h.0)) else { continue };
+            if self.sched.rng.chance(300) || !home.shard.borrow_mut().core.preload(*page) {
+                continue;
+            }
+            let words = std::array::from_fn::<u64, { WORDS.len() }, _>(|_| self.sched.rng.below(3));
+            let bytes = self.truth.borrow_mut().preload(*page, words);
+            let result = Place { world: self, member: home }.fill_run(*page, &bytes, false);
+            self.expect(Some(*page), result.map_err(|e| e.to_string()));
+        }
+    }
+
+    /// Handles events until `limit` or until something is wrong.
+    fn go_on(&self, limit: u64) {
+        while self.verdict.borrow().is_none() && !self.is_over.get() {
+            let Some(event) = self.sched.next(limit) else { break };
+            self.dispatch(event);
+            if self.sched.count() > MOST_EVENTS {
+                self.expect(None, Err("the run goes round in circles".into()));
+            }
+        }
+        if limit != u64::MAX {
+            self.sched.advance(limit);
+        }
+    }
+
+    /// Between two steps of a command: perhaps the rest of the world goes on for a while.
+    pub(super) fn pause(&self) {
+        if self.depth.get() >= DEPTH || !self.sched.rng.chance(self.plan.pauses) {
+            return;
+        }
+        self.count(|t| t.pauses += 1);
+        self.depth.set(self.depth.get() + 1);
+        self.go_on(self.sched.now() + self.sched.rng.skewed(self.plan.longest_pause));
+        self.depth.set(self.depth.get() - 1);
+    }
+
+    /// Another thread of the member may write to the socket what this one has just queued.
+    pub(super) fn flushed_by_another(&self, member: u16, to: u16) {
+        if self.sched.rng.chance(200) {
+            self.sched.after(0, Event::Flush { member, to });
+        }
+    }
+
+    /// Some thread of the member writes what is queued for a peer, in a moment.
+    pub(super) fn flushed_soon(&self, member: u16, to: u16) {
+        let delay = self.delay(member, self.plan.step);
+        self.sched.after(delay, Event::Flush { member, to });
+    }
+
+    /// A thread of a member takes its next step in a moment.
+    pub(super) fn thread_soon(&self, member: u16, thread: u16) {
+        let delay = self.delay(member, self.plan.step);
+        self.sched.after(delay, Event::Step { member, thread });
+    }
+
+    /// How long a step of a member takes.
+    fn delay(&self, member: u16, longest: u64) -> u64 {
+        let slowness = self.member(member).map_or(1, |m| m.slowness.get());
+        self.sched.rng.skewed(longest) * slowness
+    }
+
+    fn dispatch(&self, event: Event) {
+        let Some(number) = event.member() else {
+            match event {
+                Event::Chaos(n) => chaos::happen(self, n),
+                _ => self.watch(),
+            }
+            return;
+        };
+        let Some(member) = self.member(number) else { return };
+        if member.is_dead.get() {
+            return;
+        }
+        if member.stopped_until.get() > self.sched.now() {
+            return self.sched.at(member.stopped_until.get(), event);
+        }
+        match event {
+            Event::Step { thread, .. } => self.step(member, thread),
+            Event::Flush { to, .. } if !member.is_queueing.get() => self.flush(member, to),
+            // The lock that it needs is taken.
+            _ if member.is_busy.get() => member.backlog.borrow_mut().push(event),
+            Event::Flush { .. } => member.backlog.borrow_mut().push(event),
+            _ => {
+                member.is_busy.set(true);
+                match event {
+                    Event::Faults { .. } => self.faults(member),
+                    Event::Receive { from, .. } => self.receive(member, from),
+                    Event::Timer { page, .. } => {
+                        let page = Page(page);
+                        self.trace(Some(number), Some(page), || "hold time over".into());
+                        self.handle(member, false, Input::Timer { page });
+                    }
+                    _ => {}
+                }
+                member.is_busy.set(false);
+                for event in member.backlog.borrow_mut().drain(..) {
+                    self.sched.after(0, event);
+                }
+            }
+        }
+    }
+
+    /// A thread of the workload tries its access.
+    fn step(&self, member: &Member, number: u16) {
+        let mut threads = member.threads.borrow_mut();
+        let Some(thread) = threads.get_mut(usize::from(number)) else { return };
+        let unique = self.unique.get();
+        self.unique.set(unique + 1);
+        let rng = &self.sched.rng;
+        let Some(op) = thread.current(rng, &self.plan.taste, &self.pages, unique) else { return };
+        let mut memory = member.memory.borrow_mut();
+        if let Some(copy) = memory.access(op.page, op.is_write()) {
+            let result = self.truth.borrow_mut().access(op.page, op.word, op.access, copy);
+            self.trace(Some(member.number), Some(op.page), || {
+                format!("thread {number}: word {} {:?}", op.word, op.access)
+            });
+            self.expect(Some(op.page), result);
+            self.count(|t| t.accesses += 1);
+            thread.advance();
+            if !thread.is_done() {
+                let delay = self.delay(member.number, self.plan.taste.think);
+                self.sched.after(delay, Event::Step { member: member.number, thread: number });
+            }
+        } else {
+            thread.waits.get_or_insert(self.sched.now());
+            thread.tries += 1;
+            memory.sleep(number, op.page, op.is_write());
+            self.count(|t| t.faults += 1);
+            self.trace(Some(member.number), Some(op.page), || {
+                format!("thread {number}: fault, wants to {}", if op.is_write() { "write" } else { "read" })
+            });
+            if !member.is_watching.replace(true) {
+                let delay = self.delay(member.number, self.plan.step);
+                self.sched.after(delay, Event::Faults { member: member.number });
+            }
+        }
+    }
+
+    /// The fault thread: reads up to 16 faults, then serves them one by one.
+    fn faults(&self, member: &Member) {
+        if member.batch.borrow().is_empty() {
+            let mut batch = member.batch.borrow_mut();
+            member.memory.borrow_mut().read_faults(16, |fault| batch.push_back(fault));
+        }
+        let next = member.batch.borrow_mut().pop_front();
+        let Some(fault) = next else {
+            member.is_watching.set(false);
+            return;
+        };
+        self.handle(member, false, Input::Fault { page: fault.page, write: fault.write });
+        let delay = self.delay(member.number, self.plan.step);
+        self.sched.after(delay, Event::Faults { member: member.number });
+    }
+
+    /// The receive thread of one peer takes the next frame.
+    fn receive(&self, member: &Member, from: u16) {
+        let Some(peer) = member.peer(from).filter(|_| member.is_running()) else { return };
+        let mut reader = peer.reader.borrow_mut();
+        let blame = Some(MemberId(from));
+        let failure = match reader.next(|_| ()) {
+            Err(ReadError::Io(e)) if e.kind() == io::ErrorKind::WouldBlock => {
+                peer.incoming.rearm();
+                return;
+            }
+            Err(ReadError::Frame(e)) => Cause::Violation(e.to_string()),
+            Err(e) => Cause::Disconnected(e.to_string()),
+            Ok((header, bytes)) => {
+                let delay = self.delay(member.number, self.plan.step);
+                peer.incoming.resume(self.sched.now() + delay);
+                self.count(|t| t.frames += 1);
+                match header.decode(&self.rules(from), || ()) {
+                    Ok(Frame::Page(page, msg)) => {
+                        self.trace(Some(member.number), Some(page), || format!("from {from}: {msg:?}"));
+                        let msg = member.shard.borrow_mut().attach(msg, bytes);
+                        drop(reader);
+                        let from = MemberId(from);
+                        return self.handle(member, true, Input::Message { from, page, msg });
+                    }
+                    Ok(_) => return,
+                    Err(e) => Cause::Violation(e.to_string()),
+                }
+            }
+        };
+        self.fail(member, (blame, failure));
+    }
+
+    /// Gives an event to the node's code, and does what it leaves to do.
+    fn handle(&self, member: &Member, is_remote: bool, input: Input<crate::node::shard::PageBuf>) {
+        if !member.is_running() {
+            return;
+        }
+        self.count(|t| t.handled += 1);
+        let now = self.sched.now();
+        member.handling.set((now, is_remote));
+        let place = Place { world: self, member };
+        let After { talk, failure } = member.shard.borrow_mut().process(&place, now, input);
+        self.check_hold(member, now);
+        if let Some(failure) = failure {
+            self.fail(member, failure);
+        }
+        for peer in talk.iter() {
+            self.flushed_soon(member.number, peer.0);
+        }
+    }
+
+    /// A page that came from elsewhere stays for its hold time, unless this member asks for more of it itself.
+    fn check_hold(&self, member: &Member, now: u64) {
+        // Ages are known to a microsecond.
+        let least = u64::try_from(self.plan.hold.min.as_nanos()).unwrap_or(0).saturating_sub(2048);
+        for page in member.lost.borrow_mut().drain(..) {
+            let came = member.came.borrow().get(page.0 as usize).copied().flatten();
+            let Some(came) = came else { continue };
+            if now.saturating_sub(came) < least && !member.shard.borrow().core.cache().is_pending(page) {
+                let what = format!(
+                    "member {} gave up page {} after {} ns, before its hold time was over",
+                    member.number,
+                    page.0,
+                    now - came
+                );
+                self.expect(Some(page), Err(what));
+            }
+        }
+    }
+
+    fn flush(&self, member: &Member, to: u16) {
+        let Some(peer) = member.peer(to) else { return };
+        match peer.link.flush(self.sched.now()) {
+            Ok(Flush::Done) => {}
+            // The pipe tells when it has room.
+            Ok(Flush::Full) => self.count(|t| t.full += 1),
+            Err(e) => self.fail(member, (Some(MemberId(to)), Cause::Disconnected(e.to_string()))),
+        }
+    }
+
+    /// A member's memory has failed: it must have been meant to, and for that reason.
+    fn fail(&self, member: &Member, failure: Failure) {
+        if !member.is_running() {
+            return;
+        }
+        let (peer, cause) = &failure;
+        self.trace(Some(member.number), None, || format!("fails: {peer:?} {cause}"));
+        let blamed = peer.map(|p| p.0);
+        let is_meant = self.must_fail.borrow().contains(&(member.number, blamed));
+        if !is_meant {
+            let what = format!("member {} fails and blames {peer:?}: {cause}", member.number);
+            self.expect(None, Err(what));
+        }
+        *member.failure.borrow_mut() = Some(failure);
+    }
+
+    /// Looks at everybody who waits.
+    fn watch(&self) {
+        let now = self.sched.now();
+        let healed = self.plan.healed();
+        if let Some((at, chaos)) = self.plan.fatal() {
+            if now < at.max(healed) + PATIENCE / 2 {
+                return self.sched.after(WATCH, Event::Watch);
+            }
+            let must_fail = self.must_fail.borrow();
+            let lacking = must_fail.iter().find(|(m, _)| self.member(*m).is_some_and(Member::is_running));
+            let result = lacking.map_or(Ok(()), |(m, peer)| {
+                Err(format!("member {m} goes on and does not blame {peer:?} after {chaos:?}"))
+            });
+            self.expect(None, result);
+            // Who still waits, waits for a member that has failed.
+            self.is_over.set(true);
+            return;
+        }
+        for member in &self.members {
+            for (n, thread) in member.threads.borrow().iter().enumerate() {
+                let Some((op, since)) = thread.waiting() else { continue };
+                if now > since.max(healed) + PATIENCE {
+                    let what = format!(
+                        "thread {n} of member {} waits for page {} since {} us, after {} faults",
+                        member.number,
+                        op.page.0,
+                        since / 1000,
+                        thread.tries
+                    );
+                    self.expect(Some(op.page), Err(what));
+                }
+            }
+        }
+        if !self.sched.is_empty() {
+            self.sched.after(WATCH, Event::Watch);
+        }
+    }
+}
