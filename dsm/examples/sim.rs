@@ -17,7 +17,7 @@ fn main() {
     };
     let report = run(&options);
     for failure in &report.failures {
-        println!("{}\nseed {}: {}", failure.trace, failure.seed, failure.what);
+        println!("{}\nseed {}: {}\n{}", failure.trace, failure.seed, failure.what, failure.replay);
     }
     println!("{}{} seeds, {} failures", report.trace, report.seeds, report.failures.len());
     println!("{:?}\n{:.1} s", report.tally, report.seconds);

@@ -17,8 +17,8 @@ pub enum SeededFault {
     UpgradeSkipsSharer,
     /// The requester writes before the sharers have acknowledged.
     WriteBeforeAcks,
-    /// The home answers an upgrade by what the requester had when it asked.
-    UpgradeWithoutData,
+    /// The home begins a page's next transaction before the last one has ended.
+    EarlyNext,
     /// A read-only page is filled first and write-protected then.
     CopyThenProtect,
     /// A page is read first and write-protected then when it is given up.
@@ -44,8 +44,8 @@ pub enum SeededFault {
 }
 
 use SeededFault::{
-    AckBeforeDrop, BrokenFifo, CopyThenProtect, DoneByAnyone, EndlessHold, ForgottenWake, HalfCopy, KeptCopy,
-    LostInvalidation, NoHold, ReadBeforeProtect, StaleEpoch, UpgradeSkipsSharer, UpgradeWithoutData,
+    AckBeforeDrop, BrokenFifo, CopyThenProtect, DoneByAnyone, EarlyNext, EndlessHold, ForgottenWake,
+    HalfCopy, KeptCopy, LostInvalidation, NoHold, ReadBeforeProtect, StaleEpoch, UpgradeSkipsSharer,
     WriteBeforeAcks, ZeroGrant,
 };
 
@@ -56,7 +56,7 @@ impl SeededFault {
         KeptCopy,
         UpgradeSkipsSharer,
         WriteBeforeAcks,
-        UpgradeWithoutData,
+        EarlyNext,
         CopyThenProtect,
         ReadBeforeProtect,
         AckBeforeDrop,
@@ -77,7 +77,7 @@ impl SeededFault {
             KeptCopy => "kept-copy",
             UpgradeSkipsSharer => "upgrade-skips-sharer",
             WriteBeforeAcks => "write-before-acks",
-            UpgradeWithoutData => "upgrade-without-data",
+            EarlyNext => "early-next",
             CopyThenProtect => "copy-then-protect",
             ReadBeforeProtect => "read-before-protect",
             AckBeforeDrop => "ack-before-drop",
@@ -99,7 +99,7 @@ impl SeededFault {
             KeptCopy => "a sharer acknowledges an invalidation and keeps its copy",
             UpgradeSkipsSharer => "an upgrade neither invalidates nor waits for one sharer",
             WriteBeforeAcks => "the requester writes before the sharers have acknowledged",
-            UpgradeWithoutData => "an upgrade is granted by what the requester had when it asked",
+            EarlyNext => "the home does not wait for the end of a transaction",
             CopyThenProtect => "a read-only page is filled, then write-protected",
             ReadBeforeProtect => "a page that is given up is read, then write-protected",
             AckBeforeDrop => "the acknowledgement leaves before the copy is dropped",

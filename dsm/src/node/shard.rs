@@ -8,6 +8,7 @@ use crate::addr::{Epoch, MemberId};
 use crate::layout::{Layout, Page};
 use crate::protocol::{Command, Contents, Core, Event, MemberSet, Msg, Right};
 use crate::region::{Kernel, RegionError};
+use crate::seeded::{SeededFault, is_on};
 use crate::stats::ShardStats;
 use crate::transport::frame::Header;
 
@@ -119,12 +120,15 @@ impl Shard {
                 }
             }
             Command::Give { to, page, terms, protect, drop } => {
-                if protect {
+                if protect && !is_on(SeededFault::ReadBeforeProtect) {
                     kernel.protect(page)?;
                 }
                 let is_known = env.push_page(to, |queue| {
                     let at = queue.len();
                     kernel.read(page, queue)?;
+                    if protect && is_on(SeededFault::ReadBeforeProtect) {
+                        kernel.protect(page)?;
+                    }
                     let is_zero = queue.get(at..).is_some_and(is_zero);
                     if is_zero {
                         queue.truncate(at);
@@ -147,6 +151,7 @@ impl Shard {
             }
             Command::Install { page, right, contents, served } => {
                 let protect = right == Right::Shared;
+                let replaced = kernel.replaced();
                 match contents {
                     Contents::Bytes(bytes) => {
                         kernel.fill(page, &bytes, protect)?;
@@ -158,7 +163,9 @@ impl Shard {
                     Contents::Keep => kernel.unprotect(page)?,
                 }
                 stats.served(page, &served, env.now());
-                after.wake = Some(page);
+                if !is_on(SeededFault::ForgottenWake) || replaced == kernel.replaced() {
+                    after.wake = Some(page);
+                }
             }
             Command::Zero { page, count, served } => {
                 kernel.fill_zero(page, count, false)?;
@@ -207,5 +214,5 @@ impl Shard {
 
 fn is_zero(page: &[u8]) -> bool {
     static ZERO: [u8; PAGE] = [0; PAGE];
-    page == ZERO
+    page == ZERO || (is_on(SeededFault::ZeroGrant) && page.starts_with(&[0; 8]))
 }

@@ -15,6 +15,7 @@ use super::message::{Contents, MemberSet, Msg, Right, Served, Terms, Token, Want
 use super::pages::Share;
 use crate::addr::MemberId;
 use crate::layout::Page;
+use crate::seeded::{SeededFault, is_on};
 use std::collections::BTreeMap;
 
 /// What a member has of a page.
@@ -288,7 +289,7 @@ impl<D> Cache<D> {
         if pending.acked.0 & !terms.acks.0 != 0 {
             return Err("the acknowledgements are not the ones that the home asked for");
         }
-        if pending.acked != terms.acks {
+        if pending.acked != terms.acks && !is_on(SeededFault::WriteBeforeAcks) {
             return Ok(());
         }
         let Some(pending) = self.pending.remove(&page) else { return Ok(()) };
@@ -362,7 +363,7 @@ impl<D> Cache<D> {
             if next != level {
                 self.set_level(page, next);
             }
-            if age < hold && !self.is_pending(page) {
+            if age < hold && !self.is_pending(page) && !is_on(SeededFault::NoHold) {
                 let until = now.saturating_add(hold - age);
                 self.deferred.insert(page, Deferred { demand, until });
                 fx.push(Command::Timer { page, at: until });
@@ -377,6 +378,7 @@ impl<D> Cache<D> {
     pub(super) fn timer(&mut self, now: u64, page: Page, home: MemberId, fx: &mut Effects<D>) {
         // An early timer is left over from a hold that ended early; every hold sets its own.
         if self.deferred.get(&page).is_some_and(|d| d.until <= now)
+            && !is_on(SeededFault::EndlessHold)
             && let Some(deferred) = self.deferred.remove(&page)
         {
             self.serve(page, deferred.demand, home, fx);
@@ -401,11 +403,18 @@ impl<D> Cache<D> {
                 }
             }
             Demand::Drop { requester, token } => {
+                if is_on(SeededFault::AckBeforeDrop) {
+                    fx.send(requester, page, Msg::InvAck { token });
+                }
                 if state != State::Invalid {
-                    fx.push(Command::Drop { page });
+                    if !is_on(SeededFault::KeptCopy) {
+                        fx.push(Command::Drop { page });
+                    }
                     self.set(page, State::Invalid);
                 }
-                fx.send(requester, page, Msg::InvAck { token });
+                if !is_on(SeededFault::AckBeforeDrop) {
+                    fx.send(requester, page, Msg::InvAck { token });
+                }
             }
         }
     }

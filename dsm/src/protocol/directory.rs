@@ -7,6 +7,7 @@ use super::message::{Contents, MemberSet, Msg, Right, Terms, Token};
 use super::pages::Share;
 use crate::addr::MemberId;
 use crate::layout::Page;
+use crate::seeded::{SeededFault, is_on};
 use std::collections::{BTreeMap, VecDeque};
 
 /// Who has a page.
@@ -140,6 +141,8 @@ impl Directory {
     ) -> Result<(), Blame> {
         match self.busy.get(&page) {
             Some(busy) if busy.closer == from && busy.token == token => {}
+            Some(_) if is_on(SeededFault::DoneByAnyone) => {}
+            None if is_on(SeededFault::EarlyNext) => return Ok(()),
             _ => return Err(Blame { who: from, rule: "ended a transaction that is not its own" }),
         }
         let mut queue = self.busy.remove(&page).map(|b| b.queue).unwrap_or_default();
@@ -163,6 +166,7 @@ impl Directory {
             let Request { from: requester, token, .. } = request;
             if let Some(closer) =
                 self.transact(page, request, fx).map_err(|rule| Blame { who: requester, rule })?
+                && !is_on(SeededFault::EarlyNext)
             {
                 self.busy.insert(page, Busy { token, closer, requester, queue });
                 return Ok(());
@@ -229,10 +233,13 @@ impl Directory {
                 } else {
                     None
                 };
-                let acks = source.map_or(others, |s| others.without(s));
+                let mut acks = source.map_or(others, |s| others.without(s));
+                if !data && is_on(SeededFault::UpgradeSkipsSharer) {
+                    acks = acks.iter().next().map_or(acks, |first| acks.without(first));
+                }
                 let done = !acks.is_empty() || source.is_some_and(|s| s != me);
                 let terms = Terms { token, right, acks, done };
-                for sharer in acks.iter() {
+                for sharer in acks.iter().skip(usize::from(is_on(SeededFault::LostInvalidation))) {
                     fx.send(sharer, page, Msg::Invalidate { requester: from, token });
                 }
                 match source {

@@ -157,11 +157,6 @@ impl Region {
         self.uffds.len()
     }
 
-    /// How often a page that should have been absent was there and had to be replaced.
-    pub fn replaced(&self) -> u64 {
-        self.replaced.load(Ordering::Relaxed)
-    }
-
     /// The mappings, one per range, in ascending order of guest-physical address.
     pub fn mappings(&self) -> &[Mapping] {
         &self.mappings
@@ -298,6 +293,10 @@ impl Kernel for Region {
 
     fn note_replaced(&self) {
         self.replaced.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn replaced(&self) -> u64 {
+        self.replaced.load(Ordering::Relaxed)
     }
 }
 

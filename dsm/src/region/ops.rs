@@ -6,6 +6,7 @@
 
 use super::{MAX_ZERO_RUN, PAGE, RegionError};
 use crate::layout::Page;
+use crate::seeded::{SeededFault, is_on};
 use std::io;
 
 static ZEROS: [u8; PAGE * MAX_ZERO_RUN as usize] = [0; PAGE * MAX_ZERO_RUN as usize];
@@ -35,8 +36,11 @@ pub trait Kernel {
     /// Appends the bytes of a page that is present. On an absent page the caller itself would wait for it.
     fn read(&self, page: Page, out: &mut Vec<u8>) -> Result<(), RegionError>;
 
-    /// Counts a page that should have been absent and was there.
+    /// Counts a page that should have been absent, was there and had to be replaced.
     fn note_replaced(&self);
+
+    /// How many of those there were.
+    fn replaced(&self) -> u64;
 
     /// An error of one step on one page.
     fn step(&self, step: &'static str, page: Page, source: io::Error) -> RegionError {
@@ -45,6 +49,10 @@ pub trait Kernel {
 
     /// Fills an absent page, write-protected if `protect`, in one ioctl. Its waiters sleep on.
     fn fill(&self, page: Page, bytes: &[u8; PAGE], protect: bool) -> Result<(), RegionError> {
+        if protect && is_on(SeededFault::CopyThenProtect) {
+            self.fill_run(page, bytes, false)?;
+            return self.protect(page);
+        }
         self.fill_run(page, bytes, protect)
     }
 
@@ -65,6 +73,7 @@ pub trait Kernel {
             let next = nth(page, done / PAGE);
             match result {
                 Ok(()) => {}
+                Err(_) if copied > 0 && is_on(SeededFault::HalfCopy) => return Ok(()),
                 // Part of it went in, or the address space changed under it: go on from there.
                 Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => {}
                 Err(e) if e.raw_os_error() == Some(libc::EEXIST) => {

@@ -1,8 +1,9 @@
 //! What the world does to the members, and what must be true of them at rest.
 
 use super::member::Member;
-use super::plan::{Chaos, Forgery};
-use super::world::World;
+use super::plan::{Chaos, Forgery, US};
+use super::sched::Event;
+use super::world::{MustFail, World};
 use crate::addr::{Epoch, MemberId};
 use crate::layout::Page;
 use crate::protocol::cache::State;
@@ -32,12 +33,20 @@ pub(super) fn happen(world: &World, n: usize) {
         }
         Chaos::Crash { member, broken } => crash(world, member, broken),
         Chaos::Cut { a, b, broken } => {
-            world.must_fail.borrow_mut().extend([(a, Some(b)), (b, Some(a))]);
+            must_fail(world, a, b, "");
+            must_fail(world, b, a, "");
             close(world, a, b, broken);
             close(world, b, a, broken);
         }
+        Chaos::Forge { from, .. } if world.member(from).is_some_and(|m| m.is_queueing.get()) => {
+            world.sched.after(US, Event::Chaos(n));
+        }
         Chaos::Forge { from, to, what } => forge(world, from, to, what),
     }
+}
+
+fn must_fail(world: &World, member: u16, blames: u16, word: &'static str) {
+    world.must_fail.borrow_mut().push(MustFail { member, blames, word });
 }
 
 fn close(world: &World, from: u16, to: u16, broken: bool) {
@@ -50,7 +59,7 @@ fn crash(world: &World, number: u16, broken: bool) {
     let Some(member) = world.member(number) else { return };
     member.is_dead.set(true);
     for other in world.members.iter().filter(|m| m.number != number) {
-        world.must_fail.borrow_mut().push((other.number, Some(number)));
+        must_fail(world, other.number, number, "");
         close(world, number, other.number, broken);
         close(world, other.number, number, true);
     }
@@ -96,7 +105,8 @@ fn forge(world: &World, from: u16, to: u16, what: Forgery) {
         Forgery::Home => page_of(world, to, false).and_then(|p| message(me, epoch, p, get)),
     };
     if let Some(header) = header {
-        world.must_fail.borrow_mut().push((to, Some(from)));
+        let is_stale = matches!(what, Forgery::StaleGet | Forgery::StaleAck);
+        must_fail(world, to, from, if is_stale { "epoch" } else { "" });
         world.trace_sent(from, to, &header);
         peer.link.push(&header);
         world.flushed_soon(from, to);

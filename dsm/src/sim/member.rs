@@ -47,6 +47,9 @@ pub(super) struct Member {
     /// Whether it holds the lock of a link's queue.
     pub(super) is_queueing: Cell<bool>,
     pub(super) backlog: RefCell<Vec<Event>>,
+    /// Whether the keeper is at work.
+    pub(super) is_keeping: Cell<bool>,
+    replaced: Cell<u64>,
     pub(super) stopped_until: Cell<u64>,
     pub(super) slowness: Cell<u64>,
     pub(super) is_dead: Cell<bool>,
@@ -80,6 +83,8 @@ impl Member {
             is_busy: Cell::default(),
             is_queueing: Cell::default(),
             backlog: RefCell::default(),
+            is_keeping: Cell::default(),
+            replaced: Cell::default(),
             stopped_until: Cell::default(),
             slowness: Cell::new(1),
             is_dead: Cell::default(),
@@ -125,13 +130,6 @@ impl Place<'_> {
         let truth = &mut *self.world.truth.borrow_mut();
         let result = truth.set_right(self.member.number, page, copy.is_some(), copy == Some(true));
         self.world.expect(Some(page), result);
-    }
-
-    fn wake_sleepers(&self, page: Page) {
-        let number = self.member.number;
-        self.member.memory.borrow_mut().wake(page, |thread| {
-            self.world.thread_soon(number, thread);
-        });
     }
 
     fn hiccup(&self) -> bool {
@@ -180,9 +178,6 @@ impl Kernel for Place<'_> {
             self.set_right(next);
             done += chunk.len();
         }
-        for n in 0..done / super::memory::PAGE {
-            self.wake_sleepers(Page(page.0 + u32::try_from(n).unwrap_or(0)));
-        }
         self.world.pause();
         if done == bytes.len() { (done, Ok(())) } else { (done, Err(os_error(libc::EAGAIN))) }
     }
@@ -204,9 +199,6 @@ impl Kernel for Place<'_> {
             self.member.set_came(page);
         }
         self.set_right(page);
-        if !protect {
-            self.wake_sleepers(page);
-        }
         self.world.pause();
         Ok(())
     }
@@ -214,7 +206,9 @@ impl Kernel for Place<'_> {
     fn sys_wake(&self, page: Page) -> io::Result<()> {
         self.world.pause();
         self.trace(page, || "wake".into());
-        self.wake_sleepers(page);
+        let number = self.member.number;
+        self.member.memory.borrow_mut().wake(page, |thread| self.world.thread_soon(number, thread));
+        self.world.pause();
         Ok(())
     }
 
@@ -243,7 +237,13 @@ impl Kernel for Place<'_> {
         Ok(())
     }
 
-    fn note_replaced(&self) {}
+    fn note_replaced(&self) {
+        self.member.replaced.set(self.member.replaced.get() + 1);
+    }
+
+    fn replaced(&self) -> u64 {
+        self.member.replaced.get()
+    }
 }
 
 impl Env for Place<'_> {

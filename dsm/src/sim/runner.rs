@@ -46,6 +46,8 @@ pub struct SimFailure {
     pub what: String,
     /// How it came to that: the last lines about the page, or all if asked for.
     pub trace: String,
+    /// The command that replays the run and tells all of it.
+    pub replay: String,
 }
 
 /// How often things happened, over all runs.
@@ -113,8 +115,7 @@ impl SimReport {
     }
 }
 
-/// The command that replays a seed.
-pub fn replay_command(seed: u64, fault: Option<SeededFault>) -> String {
+fn replay_command(seed: u64, fault: Option<SeededFault>) -> String {
     let fault = fault.map(|f| format!(" --fault {f}")).unwrap_or_default();
     format!("spanvm sim --seeds 1 --seed {seed} --trace{fault}")
 }
@@ -183,7 +184,8 @@ fn one(seed: u64, options: &SimOptions, shared: &Mutex<Shared>) -> bool {
         let told = if wants_story { None } else { tell(seed) };
         let told = told.as_ref().unwrap_or(&world);
         let (page, most) = if options.trace { (None, usize::MAX) } else { (verdict.page, TAIL) };
-        SimFailure { seed, what: verdict.what, trace: told.trace.tail(page, most) }
+        let trace = told.trace.tail(page, most);
+        SimFailure { seed, what: verdict.what, trace, replay: replay_command(seed, options.fault) }
     });
     let mut shared = shared.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     shared.tally.add(&world.tally(), world.plan.fatal().is_some());

@@ -14,7 +14,7 @@ use super::truth::{Truth, WORDS};
 use crate::addr::{Epoch, MemberId};
 use crate::layout::{Layout, Page};
 use crate::node::Cause;
-use crate::node::shard::After;
+use crate::node::shard::PageBuf;
 use crate::protocol::{CoreConfig, Event as Input, MemberSet, pages::Share};
 use crate::region::Kernel;
 use crate::transport::frame::{Frame, HEADER_LEN, Header, PAGE_LEN, Rules};
@@ -55,6 +55,16 @@ pub(super) struct Verdict {
     pub(super) page: Option<Page>,
 }
 
+/// A member that must fail.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct MustFail {
+    pub(super) member: u16,
+    /// Whom it must blame.
+    pub(super) blames: u16,
+    /// A word of the reason that it must give.
+    pub(super) word: &'static str,
+}
+
 /// Everything there is.
 #[derive(Debug)]
 pub(super) struct World {
@@ -70,8 +80,8 @@ pub(super) struct World {
     depth: Cell<u32>,
     tally: Cell<Tally>,
     verdict: RefCell<Option<Verdict>>,
-    /// Members that must fail, and by whose fault, since the fatal event.
-    pub(super) must_fail: RefCell<Vec<(u16, Option<u16>)>>,
+    /// Who must fail, since the fatal event.
+    pub(super) must_fail: RefCell<Vec<MustFail>>,
     unique: Cell<u64>,
     is_over: Cell<bool>,
 }
@@ -224,7 +234,7 @@ impl World {
     fn preload(&self) {
         for page in &self.pages {
             let Some(home) = self.layout.home_of(*page).and_then(|h| self.member(h.0)) else { continue };
-            if self.sched.rng.chance(300) || !home.shard.borrow_mut().core.preload(*page) {
+            if self.sched.rng.chance(300) || home.shard.borrow_mut().core.preload(*page, 1) == 0 {
                 continue;
             }
             let words = std::array::from_fn::<u64, { WORDS.len() }, _>(|_| self.sched.rng.below(3));
@@ -285,42 +295,31 @@ impl World {
     }
 
     fn dispatch(&self, event: Event) {
-        let Some(number) = event.member() else {
-            match event {
-                Event::Chaos(n) => chaos::happen(self, n),
-                _ => self.watch(),
-            }
-            return;
+        let member = match event.member().map(|number| self.member(number)) {
+            Some(Some(member)) if !member.is_dead.get() => member,
+            Some(_) => return,
+            None => return if let Event::Chaos(n) = event { chaos::happen(self, n) } else { self.watch() },
         };
-        let Some(member) = self.member(number) else { return };
-        if member.is_dead.get() {
-            return;
-        }
         if member.stopped_until.get() > self.sched.now() {
             return self.sched.at(member.stopped_until.get(), event);
         }
         match event {
+            Event::Chaos(_) | Event::Watch => {}
             Event::Step { thread, .. } => self.step(member, thread),
             Event::Flush { to, .. } if !member.is_queueing.get() => self.flush(member, to),
             // The lock that it needs is taken.
             _ if member.is_busy.get() => member.backlog.borrow_mut().push(event),
             Event::Flush { .. } => member.backlog.borrow_mut().push(event),
-            _ => {
-                member.is_busy.set(true);
-                match event {
-                    Event::Faults { .. } => self.faults(member),
-                    Event::Receive { from, .. } => self.receive(member, from),
-                    Event::Timer { page, .. } => {
-                        let page = Page(page);
-                        self.trace(Some(number), Some(page), || "hold time over".into());
-                        self.handle(member, false, Input::Timer { page });
-                    }
-                    _ => {}
-                }
-                member.is_busy.set(false);
-                for event in member.backlog.borrow_mut().drain(..) {
-                    self.sched.after(0, event);
-                }
+            Event::Faults { .. } => self.faults(member),
+            Event::Receive { from, .. } => self.receive(member, from),
+            // The keeper is one thread; the next timer waits for it.
+            Event::Timer { .. } if member.is_keeping.get() => self.sched.after(self.plan.step, event),
+            Event::Timer { page, .. } => {
+                let page = Page(page);
+                self.trace(Some(member.number), Some(page), || "hold time over".into());
+                member.is_keeping.set(true);
+                self.handle(member, false, Input::Timer { page });
+                member.is_keeping.set(false);
             }
         }
     }
@@ -390,18 +389,17 @@ impl World {
             Err(ReadError::Frame(e)) => Cause::Violation(e.to_string()),
             Err(e) => Cause::Disconnected(e.to_string()),
             Ok((header, bytes)) => {
-                let delay = self.delay(member.number, self.plan.step);
-                peer.incoming.resume(self.sched.now() + delay);
                 self.count(|t| t.frames += 1);
                 match header.decode(&self.rules(from), || ()) {
                     Ok(Frame::Page(page, msg)) => {
                         self.trace(Some(member.number), Some(page), || format!("from {from}: {msg:?}"));
                         let msg = member.shard.borrow_mut().attach(msg, bytes);
                         drop(reader);
-                        let from = MemberId(from);
-                        return self.handle(member, true, Input::Message { from, page, msg });
+                        self.handle(member, true, Input::Message { from: MemberId(from), page, msg });
+                        let delay = self.delay(member.number, self.plan.step);
+                        return peer.incoming.resume(self.sched.now() + delay);
                     }
-                    Ok(_) => return,
+                    Ok(_) => return peer.incoming.resume(self.sched.now()),
                     Err(e) => Cause::Violation(e.to_string()),
                 }
             }
@@ -410,7 +408,7 @@ impl World {
     }
 
     /// Gives an event to the node's code, and does what it leaves to do.
-    fn handle(&self, member: &Member, is_remote: bool, input: Input<crate::node::shard::PageBuf>) {
+    fn handle(&self, member: &Member, is_remote: bool, input: Input<PageBuf>) {
         if !member.is_running() {
             return;
         }
@@ -418,12 +416,18 @@ impl World {
         let now = self.sched.now();
         member.handling.set((now, is_remote));
         let place = Place { world: self, member };
-        let After { talk, failure } = member.shard.borrow_mut().process(&place, now, input);
+        member.is_busy.set(true);
+        let mut after = member.shard.borrow_mut().process(&place, now, input);
         self.check_hold(member, now);
-        if let Some(failure) = failure {
+        member.is_busy.set(false);
+        for event in member.backlog.borrow_mut().drain(..) {
+            self.sched.after(0, event);
+        }
+        after.wake(&place);
+        if let Some(failure) = after.failure {
             self.fail(member, failure);
         }
-        for peer in talk.iter() {
+        for peer in after.talk.iter() {
             self.flushed_soon(member.number, peer.0);
         }
     }
@@ -464,10 +468,12 @@ impl World {
         }
         let (peer, cause) = &failure;
         self.trace(Some(member.number), None, || format!("fails: {peer:?} {cause}"));
-        let blamed = peer.map(|p| p.0);
-        let is_meant = self.must_fail.borrow().contains(&(member.number, blamed));
-        if !is_meant {
-            let what = format!("member {} fails and blames {peer:?}: {cause}", member.number);
+        let (blamed, reason) = (peer.map(|p| p.0), cause.to_string());
+        let is_meant =
+            |m: &MustFail| m.member == member.number && Some(m.blames) == blamed && reason.contains(m.word);
+        if !self.must_fail.borrow().iter().any(is_meant) {
+            let whom = blamed.map_or_else(|| "nobody".into(), |b| format!("member {b}"));
+            let what = format!("member {} fails and blames {whom}: {cause}", member.number);
             self.expect(None, Err(what));
         }
         *member.failure.borrow_mut() = Some(failure);
@@ -482,9 +488,12 @@ impl World {
                 return self.sched.after(WATCH, Event::Watch);
             }
             let must_fail = self.must_fail.borrow();
-            let lacking = must_fail.iter().find(|(m, _)| self.member(*m).is_some_and(Member::is_running));
-            let result = lacking.map_or(Ok(()), |(m, peer)| {
-                Err(format!("member {m} goes on and does not blame {peer:?} after {chaos:?}"))
+            let lacking = must_fail.iter().find(|m| self.member(m.member).is_some_and(Member::is_running));
+            let result = lacking.map_or(Ok(()), |m| {
+                Err(format!(
+                    "member {} goes on and does not blame member {} for {chaos:?}",
+                    m.member, m.blames
+                ))
             });
             self.expect(None, result);
             // Who still waits, waits for a member that has failed.

@@ -6,6 +6,7 @@
 
 use super::frame::{Header, PAGE_LEN};
 use crate::addr::MemberId;
+use crate::seeded::{SeededFault, is_on};
 use rustix::net::SendFlags;
 use std::io;
 use std::net::{Shutdown, TcpStream};
@@ -94,7 +95,13 @@ impl<S: Socket> Link<S> {
 
     /// Queues a frame without a page.
     pub fn push(&self, header: &Header) {
-        lock(&self.queue).extend_from_slice(header.as_bytes());
+        let mut queue = lock(&self.queue);
+        if is_on(SeededFault::BrokenFifo) {
+            queue.splice(0..0, header.as_bytes().iter().copied());
+        } else {
+            queue.extend_from_slice(header.as_bytes());
+        }
+        drop(queue);
         self.sent_messages.fetch_add(1, Ordering::Relaxed);
     }
 
