@@ -1,12 +1,13 @@
 //! The command line. [`launch`] starts a VM, [`vms`] looks at and ends those that run, [`node`] is a host's
-//! daemon, [`doctor`] says what a host can do, [`bench`] measures. [`output`] prints, [`terminal`] is the
-//! user's terminal.
+//! daemon, [`doctor`] says what a host can do, [`bench`] measures, [`sim`] simulates. [`output`] prints,
+//! [`terminal`] is the user's terminal.
 
 pub mod bench;
 pub mod doctor;
 pub mod launch;
 pub mod node;
 pub mod output;
+pub mod sim;
 pub mod terminal;
 pub mod vms;
 
@@ -41,6 +42,8 @@ pub enum Command {
     Doctor(doctor::DoctorArgs),
     /// Measure, with the floor of the same run beside it.
     Bench(bench::BenchArgs),
+    /// Run the page engine in simulated clusters, from seeds. Needs no KVM.
+    Sim(sim::SimArgs),
     /// A child process of the control plane.
     #[command(hide = true)]
     Member,
@@ -52,6 +55,7 @@ pub fn run(cli: Cli) -> u8 {
     let command = match cli.command {
         // Benchmarks time threads of their own: no runtime beside them.
         Command::Bench(args) => return report(bench::run(&args)),
+        Command::Sim(args) => return report(sim::run(&args)),
         command => command,
     };
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
@@ -68,6 +72,7 @@ pub fn run(cli: Cli) -> u8 {
             Command::Node(args) => report(node::run(args).await),
             Command::Doctor(args) => report(doctor::run(args).await),
             Command::Bench(args) => report(bench::run(&args)),
+            Command::Sim(args) => report(sim::run(&args)),
             Command::Member => crate::control::child::main().await,
         }
     })
