@@ -186,6 +186,7 @@ impl CpuidTable {
         table.put(level(0, 0, 1, 1));
         table.put(level(1, package_shift, cores, 2));
         table.put(level(2, 0, 0, 0));
+        table.promise_constant_tsc();
         for leaf in &mut table.0 {
             // Deterministic cache parameters: the last level is shared by the package, the others by nobody.
             let sharing = if leaf.eax >> 5 & 7 == 3 { cores - 1 } else { 0 };
@@ -208,6 +209,19 @@ impl CpuidTable {
             }
         }
         table
+    }
+
+    /// The guest's TSC is one clock that we keep steady, whatever the hosts' processors say of theirs; the
+    /// guest's command line says the same to Linux. Without this bit each of its CPUs measures its delay loop.
+    fn promise_constant_tsc(&mut self) {
+        if let Some(leaf) = self.get_mut(0x8000_0007, 0) {
+            leaf.edx |= 1 << 8;
+            return;
+        }
+        self.put(CpuidLeaf { function: 0x8000_0007, edx: 1 << 8, ..CpuidLeaf::default() });
+        if let Some(leaf) = self.get_mut(0x8000_0000, 0) {
+            leaf.eax = leaf.eax.max(0x8000_0007);
+        }
     }
 
     /// Crystal clock = TSC (SDM vol. 3, 19.7.3); also the input of our APIC timer, as Linux assumes.
@@ -364,6 +378,7 @@ mod tests {
         assert_eq!(table.get(0xB, 1).map(|l| (l.eax, l.ebx, l.edx)), Some((1, 2, 3)));
         assert_eq!(table.get(0x15, 0).map(|l| l.ecx), Some(2_000_000_000));
         assert_eq!(table.get(0, 0).map(|l| l.eax), Some(0x16));
+        assert_eq!(table.get(0x8000_0007, 0).map(|l| l.edx), Some(1 << 8));
         assert_eq!(table.vendor(), "GenuineIntel");
     }
 }

@@ -16,7 +16,7 @@ use super::vm::KvmError;
 use super::{msr, sys};
 use crate::interrupts::InterruptMessage;
 use crate::interrupts::lapic::registers::{X2APIC_MSR_FIRST, X2APIC_MSR_LAST};
-use crate::interrupts::lapic::{ApicAction, GeneralProtection};
+use crate::interrupts::lapic::{ApicAction, BASE_BSP, GeneralProtection};
 use crate::layout::{LAPIC_SIZE, LAPIC_START};
 use crate::member::event::VmExit;
 use crate::time::tsc::GuestClock;
@@ -278,7 +278,8 @@ impl<M: Machine> Runner<M> {
             apic.base()
         };
         self.vcpu.init(base)?;
-        (self.waits_for_startup, self.halted, self.nmi) = (true, false, false);
+        // SDM vol. 3, 9.4.2: the bootstrap processor does not wait, it goes to the reset vector.
+        (self.waits_for_startup, self.halted, self.nmi) = (base & BASE_BSP == 0, false, false);
         Ok(())
     }
 

@@ -108,6 +108,8 @@ impl Vcpu {
     pub(super) fn init(&mut self, apic_base: u64) -> Result<(), KvmError> {
         let (regs, mut sregs) = self.reset;
         sregs.apic_base = apic_base;
+        // The reset vector's alias below 1 MiB: there is no ROM below 4 GiB.
+        sregs.cs.base = 0xF_0000;
         self.set_state(&regs, &sregs)?;
         let debug = kvm_debugregs { dr6: 0xFFFF_0FF0, dr7: 0x400, ..Default::default() };
         self.fd.set_debug_regs(&debug).map_err(failed("set debug registers"))
