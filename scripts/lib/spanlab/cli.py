@@ -64,6 +64,7 @@ def _parser():
     guest.add_argument("--guest-memory", type=int, default=512, metavar="MIB", help="of the guest (default 512)")
     guest.add_argument("--guest-timeout", type=int, default=0, metavar="S", help="kill a guest after")
     guest.add_argument("--guest-args", default="", metavar="TEXT", help="more of the guest's kernel command line")
+    guest.add_argument("--launch-args", default="", metavar="TEXT", help="more options of spanvm launch")
     soak = commands.add_parser("soak", parents=[machine, name, guest], help="boot the Linux guest over the hosts, many times")
     soak.add_argument("--boots", type=int, default=10, metavar="N", help="how often (default 10)")
     soak.add_argument("--guest-run", default="poweroff", metavar="CMD", help="what the guest runs, such as 'ssicheck' (default: nothing)")
@@ -138,7 +139,7 @@ def _measure(options):
     if options.name == "default":
         options.name = f"{options.command}-{os.getpid()}"
     plan = guestrun.Plan(
-        members=options.n, cpus=options.guest_cpus or options.n, memory_mib=options.guest_memory, extra=options.guest_args,
+        members=options.n, cpus=options.guest_cpus or options.n, memory_mib=options.guest_memory, extra=options.guest_args, options=shlex.split(options.launch_args),
         timeout=options.guest_timeout or (1800 if options.cpu == "intel" else 600))
     if options.command == "soak":
         if options.boots < 1:

@@ -29,6 +29,8 @@ class Plan:
     disk_mib: int = 0
     extra: str = ""
     """More of the kernel command line."""
+    options: list = field(default_factory=list)
+    """More options of `spanvm launch`."""
     timeout: int = 600
 
     def cmdline(self):
@@ -192,7 +194,7 @@ def boot(where, plan, show=None):
     options = ["--name", VM, "--kernel", f"{where.images}/{'kernel' if where.mode == 'lab' else 'vmlinuz'}",
                "--initrd", f"{where.images}/{'initramfs' if where.mode == 'lab' else 'initramfs.cpio'}",
                "--cmdline", plan.cmdline(), "--cpus", str(plan.cpus), "--memory", f"{plan.memory_mib}M",
-               *where.prepare(plan)]
+               *where.prepare(plan), *plan.options]
     start = time.monotonic()
     lock = threading.Lock()
     ended = threading.Event()
