@@ -113,7 +113,7 @@ def _bare_run(left):
     for members, cpus in BARE_GUESTS:
         command = [str(binary), "launch", "--name", f"test-{os.getpid()}", "--kernel", elf, "--members", str(members),
                    "--cpus", str(cpus), "--memory", "128M", "--rng", "off",
-                   "--cmdline", f"test={','.join(BARE_TESTS)} cpus={cpus} iterations=200"]
+                   "--cmdline", f"test={','.join(BARE_TESTS)} cpus={cpus} iterations=200 rounds=10"]
         result = guestrun.Local(binary).sh("exec " + shlex.join(command), min(left, 180))
         sys.stderr.write(result.text + result.stderr.decode(errors="replace"))
         passed = [line.split()[1] for line in console.clean(result.text).splitlines() if re.match(r"BARE \S+ PASS", line)]
