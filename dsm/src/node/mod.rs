@@ -3,6 +3,7 @@
 //! - [`fault threads`](threads): one per userfaultfd. Reads who waits, asks the core, and sends what it says itself; never
 //!   waits for the network.
 //! - [`receive threads`](threads): one per peer. Reads frames, asks the core, fills pages and wakes their waiters itself.
+//! - [`gang`]: contended pages that are used together come back together.
 //! - [`keeper`]: one thread for everything that waits: hold times, full sockets, heartbeats and deadlines.
 //! - [`shard`]: carries out the core's commands; [`shell`]: what all threads share. [`Dsm`] is the door.
 //!
@@ -10,6 +11,7 @@
 
 mod config;
 mod failure;
+mod gang;
 mod keeper;
 pub(crate) mod shard;
 mod shell;
@@ -172,6 +174,12 @@ impl DsmHandle {
     /// See [`Dsm::shutdown`].
     pub fn shutdown(&self) {
         self.shell.shutdown();
+    }
+
+    /// Says whether all threads of this member that use the memory rest (a vCPU in HLT, for one). While they do, contended
+    /// pages go to whom asks for them without a hold.
+    pub fn rest(&self, resting: bool) {
+        self.shell.rest(resting);
     }
 }
 

@@ -57,11 +57,22 @@ pub(crate) struct After {
     /// faults again would wait for it. Neighbours that came along need no wake: who waits for one has a fault of its own
     /// to be read, and finds the page there.
     pub(crate) wake: Option<Page>,
+    /// Contended pages that this member has just given away.
+    pub(crate) lost: Vec<Page>,
     /// Whom to blame, and for what, if the memory has failed.
     pub(crate) failure: Option<(Option<MemberId>, Cause)>,
 }
 
 impl After {
+    /// Adds what another event left to do. It wakes nobody.
+    pub(crate) fn add(&mut self, other: After) {
+        self.talk = MemberSet(self.talk.0 | other.talk.0);
+        self.lost.extend(other.lost);
+        if self.failure.is_none() {
+            self.failure = other.failure;
+        }
+    }
+
     /// Wakes who waits. Comes first of what is left to do.
     pub(crate) fn wake(&mut self, kernel: &impl Kernel) {
         if let Some(page) = self.wake.take()
@@ -144,10 +155,16 @@ impl Shard {
                 if is_known {
                     after.talk = after.talk.with(to);
                 }
+                if drop && self.core.cache().is_contended(page) {
+                    after.lost.push(page);
+                }
             }
             Command::Drop { page } => {
                 kernel.discard(page)?;
                 stats.dropped(page);
+                if self.core.cache().is_contended(page) {
+                    after.lost.push(page);
+                }
             }
             Command::Install { page, right, contents, served } => {
                 let protect = right == Right::Shared;

@@ -6,6 +6,7 @@
 
 use super::config::DsmConfig;
 use super::failure::{Cause, DsmFailure};
+use super::gang::Gang;
 use super::keeper::Keeper;
 use super::shard::{After, Env, PageBuf, Shard};
 use super::{DsmError, PAGE};
@@ -34,8 +35,8 @@ struct Report {
     handler: Option<Box<dyn Fn(DsmFailure) + Send + Sync>>,
 }
 
-/// Everything that a member's threads share. Lock order: a shard, then a link's locks or the keeper's; `report` and
-/// `log` are taken alone.
+/// Everything that a member's threads share. Lock order: a shard, then a link's locks or the keeper's; `report`, `log`
+/// and `gang` are taken alone.
 pub(super) struct Shell {
     cfg: DsmConfig,
     layout: Arc<Layout>,
@@ -43,6 +44,7 @@ pub(super) struct Shell {
     region: Region,
     shards: Vec<Mutex<Shard>>,
     links: Vec<Option<Link>>,
+    gang: Mutex<Gang>,
     keeper: Keeper,
     state: AtomicU8,
     report: Mutex<Report>,
@@ -138,6 +140,7 @@ impl Shell {
             members,
             region,
             links,
+            gang: Mutex::default(),
             keeper: Keeper::new().map_err(|source| DsmError::Start { what: "the timer", source })?,
             state: AtomicU8::new(RUNNING),
             report: Mutex::default(),
@@ -201,12 +204,33 @@ impl Shell {
         let mut shard = self.shard(page);
         let after = self.process(&mut shard, now, Event::Fault { page, write });
         let remote = shard.core.cache().is_pending(page);
+        let contended = shard.core.cache().is_contended(page);
         drop(shard);
         if let Some(log) = &self.log {
             let gpa = self.layout.gpa_of(page);
             lock(log).push(FaultRecord { at_ns: now, gpa, write, remote, thread });
         }
+        let mut after = after;
+        if remote && contended {
+            let companions = lock(&self.gang).call(page);
+            self.ask_ahead(companions, now, &mut after);
+        }
         self.follow_up(after, now);
+    }
+
+    fn ask_ahead(&self, pages: Vec<Page>, now: u64, after: &mut After) {
+        for page in pages {
+            after.add(self.process(&mut self.shard(page), now, Event::Ahead { page }));
+        }
+    }
+
+    /// See [`super::DsmHandle::rest`].
+    pub(super) fn rest(&self, resting: bool) {
+        let now = self.now();
+        for shard in &self.shards {
+            let after = self.process(&mut lock(shard), now, Event::Rest { resting });
+            self.follow_up(after, now);
+        }
     }
 
     /// A message has come. `bytes` is its page, if it has one.
@@ -222,7 +246,12 @@ impl Shell {
     /// A hold time has run out.
     pub(super) fn timer(&self, page: Page) {
         let now = self.now();
-        let after = self.process(&mut self.shard(page), now, Event::Timer { page });
+        let mut after = self.process(&mut self.shard(page), now, Event::Timer { page });
+        if !after.lost.is_empty() {
+            for shard in &self.shards {
+                after.add(self.process(&mut lock(shard), now, Event::Yield));
+            }
+        }
         self.follow_up(after, now);
     }
 
@@ -232,7 +261,17 @@ impl Shell {
     }
 
     fn follow_up(&self, mut after: After, now: u64) {
+        let woken = after.wake;
         after.wake(&self.region);
+        if woken.is_some() || !after.lost.is_empty() {
+            let mut gang = lock(&self.gang);
+            if let Some(page) = woken {
+                gang.came(page);
+            }
+            let missed = std::mem::take(&mut after.lost).into_iter().filter_map(|p| gang.lost(p)).collect();
+            drop(gang);
+            self.ask_ahead(missed, now, &mut after);
+        }
         if let Some((peer, cause)) = after.failure {
             self.fail(peer, cause);
         }

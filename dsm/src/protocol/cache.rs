@@ -45,6 +45,8 @@ struct Pending<D> {
     want: Want,
     since: u64,
     remote: bool,
+    /// No thread has touched the page yet.
+    ahead: bool,
     /// Who acknowledged so far.
     acked: MemberSet,
     grant: Option<(Terms, Contents<D>)>,
@@ -75,6 +77,8 @@ pub struct Cache<D> {
     pending: BTreeMap<Page, Pending<D>>,
     deferred: BTreeMap<Page, Deferred>,
     hold: Hold,
+    /// Nobody here uses the memory at the moment.
+    resting: bool,
     key: u64,
     requests: u64,
 }
@@ -93,6 +97,7 @@ impl<D> Cache<D> {
             pending: BTreeMap::new(),
             deferred: BTreeMap::new(),
             hold,
+            resting: false,
             key,
             requests: 0,
         }
@@ -177,12 +182,62 @@ impl<D> Cache<D> {
         }
         if let Some(pending) = self.pending.get_mut(&page) {
             pending.then_write |= write && !pending.write;
+            pending.ahead = false;
             return;
         }
-        self.request(now, page, write, home, fx);
+        self.request(now, page, write, false, home, fx);
     }
 
-    fn request(&mut self, now: u64, page: Page, write: bool, home: MemberId, fx: &mut Effects<D>) {
+    /// Asks for a page that a thread of this member is about to miss, unless it is here or on its way.
+    pub(super) fn ahead(&mut self, now: u64, page: Page, home: MemberId, fx: &mut Effects<D>) {
+        if self.state(page) == State::Invalid && !self.is_pending(page) {
+            self.request(now, page, true, true, home, fx);
+        }
+    }
+
+    /// Whether others ask for the page again and again right after it came.
+    pub fn is_contended(&self, page: Page) -> bool {
+        self.hold.is_contended(self.level(page))
+    }
+
+    /// Lets go of all contended pages that somebody waits for.
+    pub(super) fn yield_contended(
+        &mut self,
+        home_of: impl Fn(Page) -> Option<MemberId>,
+        fx: &mut Effects<D>,
+    ) {
+        let pages: Vec<Page> = self.deferred.keys().copied().filter(|p| self.is_contended(*p)).collect();
+        for page in pages {
+            if let (Some(home), Some(deferred)) = (home_of(page), self.deferred.remove(&page)) {
+                self.serve(page, deferred.demand, home, fx);
+            }
+        }
+    }
+
+    /// Remembers whether anybody here uses the memory, and lets go of what was held if not.
+    pub(super) fn rest(
+        &mut self,
+        resting: bool,
+        home_of: impl Fn(Page) -> Option<MemberId>,
+        fx: &mut Effects<D>,
+    ) {
+        self.resting = resting;
+        while let Some((page, deferred)) = if resting { self.deferred.pop_first() } else { None } {
+            if let Some(home) = home_of(page) {
+                self.serve(page, deferred.demand, home, fx);
+            }
+        }
+    }
+
+    fn request(
+        &mut self,
+        now: u64,
+        page: Page,
+        write: bool,
+        ahead: bool,
+        home: MemberId,
+        fx: &mut Effects<D>,
+    ) {
         if write {
             // Holding on to a copy that somebody waits for would only delay our own write, which queues behind it.
             if let Some(deferred) = self.deferred.remove(&page) {
@@ -205,6 +260,7 @@ impl<D> Cache<D> {
                 want,
                 since: now,
                 remote,
+                ahead,
                 acked: MemberSet::EMPTY,
                 grant: None,
             },
@@ -301,15 +357,19 @@ impl<D> Cache<D> {
         self.set(page, state);
         if pending.remote {
             self.stamp(now, page);
-            self.hold.learn(now.saturating_sub(pending.since));
+            // What a contended page costs is mostly the others' holds.
+            if !self.is_contended(page) {
+                self.hold.learn(now.saturating_sub(pending.since));
+            }
         }
-        let served = Served { want: pending.want, remote: pending.remote, since: pending.since };
+        let served =
+            Served { want: pending.want, remote: pending.remote, since: pending.since, ahead: pending.ahead };
         fx.push(Command::Install { page, right: terms.right, contents, served });
         if terms.done {
             fx.send(home, page, Msg::Done { token: terms.token });
         }
         if pending.then_write && state == State::Shared {
-            self.request(now, page, true, home, fx);
+            self.request(now, page, true, false, home, fx);
         }
         Ok(())
     }
@@ -358,7 +418,7 @@ impl<D> Cache<D> {
             && let Some(age) = self.age(now, page)
         {
             let level = self.level(page);
-            let hold = self.hold.time(level);
+            let hold = self.hold.time(if self.resting { 0 } else { level });
             let next = self.hold.next_level(level, age);
             if next != level {
                 self.set_level(page, next);

@@ -21,6 +21,19 @@ pub enum Event<D> {
         /// Whether it wants to write.
         write: bool,
     },
+    /// The page was lost while it was in use, and a page that is used together with it has just been asked for.
+    Ahead {
+        /// The page.
+        page: Page,
+    },
+    /// Whether all threads of this member that use the memory rest. While they do, nothing is held longer than the
+    /// shortest hold.
+    Rest {
+        /// They rest.
+        resting: bool,
+    },
+    /// This member has just lost a contended page whose hold was over: the others are of no use without it.
+    Yield,
     /// A message arrived.
     Message {
         /// Its sender.
@@ -197,6 +210,18 @@ impl<D> Core<D> {
                     self.cache.fault(now, page, write, home, &mut self.fx);
                 }
             }
+            Event::Ahead { page } => {
+                let Some(home) = self.home(page) else { return Ok(()) };
+                self.cache.ahead(now, page, home, &mut self.fx);
+            }
+            Event::Rest { resting } => {
+                let layout = &self.layout;
+                self.cache.rest(resting, |page| layout.home_of(page), &mut self.fx);
+            }
+            Event::Yield => {
+                let layout = &self.layout;
+                self.cache.yield_contended(|page| layout.home_of(page), &mut self.fx);
+            }
             Event::Timer { page } => {
                 let Some(home) = self.home(page) else { return Ok(()) };
                 self.cache.timer(now, page, home, &mut self.fx);
@@ -270,7 +295,11 @@ impl<D> Core<D> {
             count += 1;
         }
         let want = if write { Want::Write } else { Want::Read };
-        self.fx.push(Command::Zero { page, count, served: Served { want, remote: false, since: now } });
+        self.fx.push(Command::Zero {
+            page,
+            count,
+            served: Served { want, remote: false, since: now, ahead: false },
+        });
         true
     }
 

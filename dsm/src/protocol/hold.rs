@@ -9,7 +9,9 @@
 use std::time::Duration;
 
 /// Number of steps between the shortest and the longest hold.
-const LEVELS: u8 = 6;
+const LEVELS: u8 = 7;
+/// From this level on a page counts as contended.
+const CONTENDED: u8 = 3;
 
 /// Limits of the hold time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -24,7 +26,7 @@ pub struct HoldConfig {
 
 impl Default for HoldConfig {
     fn default() -> Self {
-        HoldConfig { min: Duration::from_micros(20), max: Duration::from_millis(50), transfers: 8 }
+        HoldConfig { min: Duration::from_micros(20), max: Duration::from_millis(250), transfers: 32 }
     }
 }
 
@@ -57,11 +59,19 @@ impl Hold {
         if self.transfers == 0 {
             return;
         }
-        self.transfer = if self.transfer == 0 || cost < self.transfer {
+        // Up slowly and down fast: about the tenth percentile, as the slow ones waited for something else.
+        self.transfer = if self.transfer == 0 {
             cost
+        } else if cost < self.transfer {
+            self.transfer - (self.transfer - cost) / 4
         } else {
-            self.transfer + self.transfer / 256
+            self.transfer + self.transfer / 64
         };
+    }
+
+    /// Is a page of this level asked for again and again right after it came?
+    pub fn is_contended(&self, level: u8) -> bool {
+        level >= CONTENDED
     }
 
     /// Hold time at `level`, in nanoseconds.
@@ -76,10 +86,12 @@ impl Hold {
         if self.transfers == 0 {
             return 0;
         }
-        let hold = self.time(level).max(self.transfer);
-        if age < hold.saturating_mul(2) {
+        // Against the longest hold, not the present one: pages that are needed together come one after the other, so each
+        // of them is asked for only when the others have come, many transfers later.
+        let longest = self.time(LEVELS);
+        if age < longest {
             (level + 1).min(LEVELS)
-        } else if age > hold.saturating_mul(8) {
+        } else if age > longest.saturating_mul(4) {
             level.saturating_sub(1)
         } else {
             level
@@ -102,7 +114,7 @@ mod tests {
             assert!(hold.time(level) >= last);
             last = hold.time(level);
         }
-        assert_eq!(last, 400_000);
+        assert_eq!(last, 1_600_000);
         for _ in 0..20 {
             level = hold.next_level(level, 1_000_000_000);
         }

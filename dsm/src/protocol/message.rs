@@ -148,4 +148,6 @@ pub struct Served {
     pub remote: bool,
     /// When the request began, in the time of the events.
     pub since: u64,
+    /// Asked for ahead: no thread had touched the page by the time it came.
+    pub ahead: bool,
 }

@@ -73,6 +73,10 @@ impl ShardStats {
     /// A fault has been answered at time `now`.
     pub fn served(&mut self, page: Page, served: &Served, now: u64) {
         let faults = &mut self.faults;
+        if served.ahead {
+            faults.ahead += 1;
+            return;
+        }
         let count = match (served.want, served.remote) {
             (Want::Read, false) => &mut faults.read_local,
             (Want::Write, false) => &mut faults.write_local,

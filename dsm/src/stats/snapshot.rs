@@ -23,6 +23,9 @@ pub struct FaultCounts {
     pub first_touch: u64,
     /// Pages that these brought.
     pub first_touch_pages: u64,
+    /// Contended pages that came along with one of their gang before a thread touched them.
+    #[serde(default)]
+    pub ahead: u64,
     /// Threads that waited for a page that had come in the meantime.
     pub spurious: u64,
 }
@@ -47,6 +50,7 @@ impl FaultCounts {
         self.upgrade_remote += other.upgrade_remote;
         self.first_touch += other.first_touch;
         self.first_touch_pages += other.first_touch_pages;
+        self.ahead += other.ahead;
         self.spurious += other.spurious;
     }
 }

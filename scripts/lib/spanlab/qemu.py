@@ -40,7 +40,7 @@ def cpu_options(accel, smp):
     """
     if accel == "kvm":
         return ["-accel", "kvm", "-cpu", "host", "-smp", str(smp)]
-    cpu = "EPYC-Milan" if smp == 1 else "max,-la57"
+    cpu = "EPYC-Milan,-xsave" if smp == 1 else "max,-la57"
     return ["-accel", "tcg,thread=multi", "-cpu", cpu, "-smp", str(smp)]
 
 

@@ -164,12 +164,14 @@ impl CpuidTable {
         }
     }
 
-    /// Fills in what depends on the vCPU: APIC id and topology. `package_shift` low bits of the APIC id tell
-    /// apart the vCPUs of one package; every vCPU is a core with one thread. On Intel, leaf 15H gives the
-    /// guest its TSC frequency.
-    pub fn for_vcpu(&self, id: u32, package_shift: u32, tsc_khz: u32) -> CpuidTable {
+    /// Fills in what depends on the vCPU: APIC id and topology. Every vCPU is a core with one thread. On Intel,
+    /// leaf 15H gives the guest its TSC frequency.
+    pub fn for_vcpu(&self, id: u32, cores: Cores, tsc_khz: u32) -> CpuidTable {
+        let Cores { package_shift, cache_shift } = cores;
         let mut table = self.clone();
         let cores = 1u32 << package_shift.min(8);
+        let sharers = 1u32 << cache_shift.min(8);
+        let has_topology = self.get(0x8000_001D, 0).is_some() && self.get(0x8000_001E, 0).is_some();
         let [id_low, ..] = id.to_le_bytes();
         if self.vendor() == "GenuineIntel" {
             table.describe_tsc(tsc_khz);
@@ -188,8 +190,8 @@ impl CpuidTable {
         table.put(level(2, 0, 0, 0));
         table.promise_constant_tsc();
         for leaf in &mut table.0 {
-            // Deterministic cache parameters: the last level is shared by the package, the others by nobody.
-            let sharing = if leaf.eax >> 5 & 7 == 3 { cores - 1 } else { 0 };
+            // Deterministic cache parameters: the last level is shared within a member, the others by nobody.
+            let sharing = if leaf.eax >> 5 & 7 == 3 { sharers - 1 } else { 0 };
             match leaf.function {
                 0 => leaf.eax = leaf.eax.max(0xB),
                 1 => {
@@ -199,7 +201,11 @@ impl CpuidTable {
                 4 if leaf.eax & 0x1F != 0 => {
                     leaf.eax = leaf.eax & 0x3FFF | sharing << 14 | (cores - 1).min(63) << 26;
                 }
-                0x8000_0001 => leaf.ecx = leaf.ecx & !2 | if cores > 1 { 2 } else { 0 },
+                0x8000_0001 => {
+                    // CmpLegacy, and TopologyExtensions: without the latter Linux takes a package for one cache.
+                    leaf.ecx = leaf.ecx & !2 | if cores > 1 { 2 } else { 0 };
+                    leaf.ecx |= if has_topology { 1 << 22 } else { 0 };
+                }
                 0x8000_0008 => leaf.ecx = (cores - 1).min(255) | package_shift << 12,
                 0x8000_001D => leaf.eax = leaf.eax & 0x3FFF | sharing << 14,
                 0x8000_001E => {
@@ -305,16 +311,31 @@ fn intersect_leaf(mine: &mut CpuidLeaf, theirs: &CpuidLeaf) {
     }
 }
 
-/// How many low bits of the APIC id are the core within a package: the most for which no package spans two
-/// members, so that no guest believes that CPUs of two hosts share a cache. `member_of[i]` is vCPU `i`'s.
-pub fn package_shift<T: PartialEq>(member_of: &[T]) -> u32 {
-    (1..=7u32)
-        .rev()
-        .find(|shift| {
-            1usize << shift <= member_of.len()
-                && member_of.chunks(1 << shift).all(|package| package.iter().all(|m| *m == package[0]))
-        })
-        .unwrap_or(0)
+/// How APIC ids are made of parts: how many low bits tell apart the vCPUs of one package, and how many those
+/// that share a last-level cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cores {
+    /// One package for the whole VM, its members are NUMA nodes within it: CPUs of a package take the delay loop's
+    /// calibration from each other, where otherwise the first CPU of each package measures it against clock ticks that
+    /// another member counts.
+    pub package_shift: u32,
+    /// The most for which no cache spans two members, so that no guest believes that CPUs of two hosts share one.
+    pub cache_shift: u32,
+}
+
+impl Cores {
+    /// The parts for a VM whose vCPU `i` lives on `member_of[i]`.
+    pub fn of<T: PartialEq>(member_of: &[T]) -> Cores {
+        let cache_shift = (1..=7u32)
+            .rev()
+            .find(|shift| {
+                1usize << shift <= member_of.len()
+                    && member_of.chunks(1 << shift).all(|group| group.windows(2).all(|w| w[0] == w[1]))
+            })
+            .unwrap_or(0);
+        let package_shift = member_of.len().next_power_of_two().trailing_zeros().min(8);
+        Cores { package_shift, cache_shift }
+    }
 }
 
 #[cfg(test)]
@@ -339,14 +360,18 @@ mod tests {
     }
 
     #[test]
-    fn packages_never_span_members() {
-        assert_eq!(package_shift(&[0, 1]), 0);
-        assert_eq!(package_shift(&[0, 0, 1, 1]), 1);
-        assert_eq!(package_shift(&[0, 0, 1, 2]), 0);
-        assert_eq!(package_shift(&[0, 0, 0, 0]), 2);
-        assert_eq!(package_shift(&[0, 0, 0]), 1);
-        assert_eq!(package_shift(&[0]), 0);
-        assert_eq!(package_shift::<u8>(&[]), 0);
+    fn caches_never_span_members_and_the_package_is_one() {
+        let shifts = |member_of: &[u8]| {
+            let Cores { package_shift, cache_shift } = Cores::of(member_of);
+            (cache_shift, package_shift)
+        };
+        assert_eq!(shifts(&[0, 1]), (0, 1));
+        assert_eq!(shifts(&[0, 0, 1, 1]), (1, 2));
+        assert_eq!(shifts(&[0, 0, 1, 2]), (0, 2));
+        assert_eq!(shifts(&[0, 0, 0, 0]), (2, 2));
+        assert_eq!(shifts(&[0, 0, 0]), (1, 2));
+        assert_eq!(shifts(&[0]), (0, 0));
+        assert_eq!(shifts(&[]), (0, 0));
     }
 
     #[test]
@@ -373,7 +398,7 @@ mod tests {
 
     #[test]
     fn each_vcpu_sees_its_own_apic_id() {
-        let table = sample().for_vcpu(3, 1, 2_000_000);
+        let table = sample().for_vcpu(3, Cores { package_shift: 1, cache_shift: 0 }, 2_000_000);
         assert_eq!(table.get(1, 0).map(|l| l.ebx >> 16), Some(0x0302));
         assert_eq!(table.get(0xB, 1).map(|l| (l.eax, l.ebx, l.edx)), Some((1, 2, 3)));
         assert_eq!(table.get(0x15, 0).map(|l| l.ecx), Some(2_000_000_000));

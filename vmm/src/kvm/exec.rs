@@ -56,6 +56,8 @@ pub trait Machine: Send + Sync {
     fn send_ipi(&self, from: &VcpuHandle, x2apic: bool, message: &InterruptMessage);
     /// A level-triggered vector was serviced.
     fn end_of_interrupt(&self, vector: u8);
+    /// The vCPU stops using memory for a while (HLT, waiting for a start-up IPI), or goes on. The calls alternate.
+    fn rest(&self, _resting: bool) {}
 }
 
 /// How a vCPU thread ended.
@@ -160,7 +162,7 @@ impl<M: Machine> Runner<M> {
         }
         self.nmi |= mail & mail::NMI != 0;
         if self.waits_for_startup {
-            self.handle.wait(Some(IDLE_WAIT));
+            self.rest(IDLE_WAIT);
             return Ok(None);
         }
 
@@ -213,9 +215,15 @@ impl<M: Machine> Runner<M> {
             None => IDLE_WAIT,
         };
         let start = Instant::now();
-        self.handle.wait(Some(timeout));
+        self.rest(timeout);
         let slept = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
         self.handle.counters.halted_us.fetch_add(slept, Ordering::Relaxed);
+    }
+
+    fn rest(&self, timeout: Duration) {
+        self.machine.rest(true);
+        self.handle.wait(Some(timeout));
+        self.machine.rest(false);
     }
 
     fn inject(&mut self, vector: Option<u8>) -> Result<(), KvmError> {

@@ -1,6 +1,7 @@
 //! What a vCPU sees around it on this member, and what peers may ask of this member. Both come down to the
 //! switchboard for interrupts and to the platform for devices.
 
+use super::rest::Rest;
 use super::switchboard::{Switchboard, count_remote};
 use super::watch::Happening;
 use crate::devices::{Platform, Route, Space};
@@ -27,6 +28,7 @@ pub struct MemberMachine {
     /// `None` at the coordinator, and where the clock can't be set.
     pub(super) discipline: Option<Discipline>,
     pub(super) happenings: Sender<Happening>,
+    pub(super) rest: Rest,
 }
 
 /// Offset in the IOAPIC's window, if the address is there.
@@ -94,6 +96,10 @@ impl MemberMachine {
 }
 
 impl Machine for MemberMachine {
+    fn rest(&self, resting: bool) {
+        self.rest.change(resting);
+    }
+
     fn port_read(&self, vcpu: &VcpuHandle, port: u16, data: &mut [u8]) -> Result<(), String> {
         self.access_read(vcpu, Space::Pio, u64::from(port), data)
     }

@@ -9,6 +9,7 @@ pub mod facts;
 pub mod machine;
 pub mod plan;
 pub mod ram;
+mod rest;
 pub mod runtime;
 pub mod stats;
 pub mod switchboard;

@@ -9,6 +9,7 @@ use super::event::MemberEvent;
 use super::machine::MemberMachine;
 use super::plan::{BootImages, MemberPlan};
 use super::ram::GuestRam;
+use super::rest::Rest;
 use super::stats::MemberStats;
 use super::switchboard::Switchboard;
 use super::watch::{Happening, Watch};
@@ -16,7 +17,7 @@ use crate::acpi::{self, AcpiError};
 use crate::boot::{self, BootError, BootRequest};
 use crate::devices::{ConsoleHandle, Platform, PlatformError};
 use crate::fabric::Fabric;
-use crate::kvm::cpuid::package_shift;
+use crate::kvm::cpuid::Cores;
 use crate::kvm::exec::Runner;
 use crate::kvm::handle::VcpuHandle;
 use crate::kvm::vcpu::Vcpu;
@@ -25,7 +26,7 @@ use crate::time::discipline::{Discipline, SAME_FREQUENCY_PPM};
 use crate::time::tsc::{GuestClock, TscScale, needs_scaling};
 use crate::topology::Topology;
 use dsm::addr::MemberId;
-use dsm::node::DsmError;
+use dsm::node::{Dsm, DsmError};
 use dsm::transport::mesh::{MeshConfig, MeshError, connect};
 use std::net::TcpListener;
 use std::sync::mpsc::{Sender, channel};
@@ -173,6 +174,7 @@ impl Member {
             clock: clock.clone(),
             discipline: follows.then(|| Discipline::new(clock.clone())),
             happenings: happenings.clone(),
+            rest: Rest::new(handles.len(), ram.dsm().map(Dsm::handle)),
         });
         let watch = Watch {
             topology: topology.clone(),
@@ -223,9 +225,9 @@ impl Member {
                 thread::sleep(Duration::from_millis(1));
             }
         }
-        let shift = package_shift(&topology.vcpus);
+        let cores = Cores::of(&topology.vcpus);
         for handle in &handles {
-            let cpuid = member.plan.cpuid.for_vcpu(handle.id(), shift, member.plan.tsc_khz);
+            let cpuid = member.plan.cpuid.for_vcpu(handle.id(), cores, member.plan.tsc_khz);
             let base = handle.apic().base();
             parts.waiting.push(Vcpu::new(&vm, handle.id(), base, &cpuid, &clock)?);
         }
