@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use vmm::interrupts::{Destination, InterruptMessage};
-use vmm::kvm::cpuid::CpuidTable;
+use vmm::kvm::cpuid::{Cores, CpuidTable};
 use vmm::kvm::exec::{Machine, Runner, VcpuEnd};
 use vmm::kvm::handle::VcpuHandle;
 use vmm::kvm::vcpu::Vcpu;
@@ -249,7 +249,7 @@ fn ipis_timers_and_startup_in_real_mode() {
     let threads: Vec<_> = vcpus
         .iter()
         .map(|handle| {
-            let table = cpuid.for_vcpu(handle.id(), 0, khz);
+            let table = cpuid.for_vcpu(handle.id(), Cores { package_shift: 0, cache_shift: 0 }, khz);
             let vcpu = Vcpu::new(&vm, handle.id(), handle.apic().base(), &table, &clock).unwrap();
             if handle.id() == 0 {
                 let mut sregs = vcpu.reset_sregs();

@@ -176,6 +176,12 @@ impl DsmHandle {
         self.shell.shutdown();
     }
 
+    /// Says that a thread of this member is about to wait for something that another member does: for a few transfer
+    /// times contended pages go to whom asks for them without a hold.
+    pub fn soften(&self) {
+        self.shell.soften();
+    }
+
     /// Says whether all threads of this member that use the memory rest (a vCPU in HLT, for one). While they do, contended
     /// pages go to whom asks for them without a hold.
     pub fn rest(&self, resting: bool) {

@@ -224,6 +224,15 @@ impl Shell {
         }
     }
 
+    /// See [`super::DsmHandle::soften`].
+    pub(super) fn soften(&self) {
+        let now = self.now();
+        for shard in &self.shards {
+            let after = self.process(&mut lock(shard), now, Event::Soften);
+            self.follow_up(after, now);
+        }
+    }
+
     /// See [`super::DsmHandle::rest`].
     pub(super) fn rest(&self, resting: bool) {
         let now = self.now();

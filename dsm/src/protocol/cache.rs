@@ -79,6 +79,8 @@ pub struct Cache<D> {
     hold: Hold,
     /// Nobody here uses the memory at the moment.
     resting: bool,
+    /// Until then somebody here waits for another member.
+    soft_until: u64,
     key: u64,
     requests: u64,
 }
@@ -98,6 +100,7 @@ impl<D> Cache<D> {
             deferred: BTreeMap::new(),
             hold,
             resting: false,
+            soft_until: 0,
             key,
             requests: 0,
         }
@@ -198,6 +201,17 @@ impl<D> Cache<D> {
     /// Whether others ask for the page again and again right after it came.
     pub fn is_contended(&self, page: Page) -> bool {
         self.hold.is_contended(self.level(page))
+    }
+
+    /// Holds nothing long for a while, beginning with what is held now.
+    pub(super) fn soften(
+        &mut self,
+        now: u64,
+        home_of: impl Fn(Page) -> Option<MemberId>,
+        fx: &mut Effects<D>,
+    ) {
+        self.soft_until = now.saturating_add(self.hold.soft());
+        self.yield_contended(home_of, fx);
     }
 
     /// Lets go of all contended pages that somebody waits for.
@@ -418,7 +432,7 @@ impl<D> Cache<D> {
             && let Some(age) = self.age(now, page)
         {
             let level = self.level(page);
-            let hold = self.hold.time(if self.resting { 0 } else { level });
+            let hold = self.hold.time(if self.resting || now < self.soft_until { 0 } else { level });
             let next = self.hold.next_level(level, age);
             if next != level {
                 self.set_level(page, next);

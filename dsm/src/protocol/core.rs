@@ -32,6 +32,8 @@ pub enum Event<D> {
         /// They rest.
         resting: bool,
     },
+    /// A thread of this member is about to wait for something that another member does: no long holds for a while.
+    Soften,
     /// This member has just lost a contended page whose hold was over: the others are of no use without it.
     Yield,
     /// A message arrived.
@@ -217,6 +219,10 @@ impl<D> Core<D> {
             Event::Rest { resting } => {
                 let layout = &self.layout;
                 self.cache.rest(resting, |page| layout.home_of(page), &mut self.fx);
+            }
+            Event::Soften => {
+                let layout = &self.layout;
+                self.cache.soften(now, |page| layout.home_of(page), &mut self.fx);
             }
             Event::Yield => {
                 let layout = &self.layout;

@@ -69,6 +69,12 @@ impl Hold {
         };
     }
 
+    /// How long holds are short after a thread began to wait for another member: time for the other to be interrupted,
+    /// to miss its pages and to ask for them.
+    pub fn soft(&self) -> u64 {
+        self.transfer.saturating_mul(6).min(self.max)
+    }
+
     /// Is a page of this level asked for again and again right after it came?
     pub fn is_contended(&self, level: u8) -> bool {
         level >= CONTENDED

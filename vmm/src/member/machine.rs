@@ -117,7 +117,9 @@ impl Machine for MemberMachine {
     }
 
     fn send_ipi(&self, from: &VcpuHandle, x2apic: bool, message: &InterruptMessage) {
-        self.switchboard.send_ipi(from, x2apic, message);
+        if self.switchboard.send_ipi(from, x2apic, message) {
+            self.rest.expect_answer();
+        }
     }
 
     fn end_of_interrupt(&self, vector: u8) {

@@ -18,6 +18,13 @@ impl Rest {
         Rest { vcpus, resting: Mutex::new(0), dsm }
     }
 
+    /// A vCPU sent an interrupt to another member, and very likely waits for what is done there.
+    pub fn expect_answer(&self) {
+        if let Some(dsm) = &self.dsm {
+            dsm.soften();
+        }
+    }
+
     /// One vCPU begins or ends to rest.
     pub fn change(&self, rests: bool) {
         let Some(dsm) = &self.dsm else { return };

@@ -58,11 +58,12 @@ impl Switchboard {
         self.vcpus.iter().find(|v| v.id() == id)
     }
 
-    /// An IPI of a vCPU here.
-    pub fn send_ipi(&self, from: &VcpuHandle, x2apic: bool, message: &InterruptMessage) {
+    /// An IPI of a vCPU here. Returns whether it went to another member.
+    pub fn send_ipi(&self, from: &VcpuHandle, x2apic: bool, message: &InterruptMessage) -> bool {
         let (local, remote) = self.route(message, x2apic);
         from.counters.ipis_local.fetch_add(local, std::sync::atomic::Ordering::Relaxed);
         from.counters.ipis_remote.fetch_add(remote, std::sync::atomic::Ordering::Relaxed);
+        remote > 0
     }
 
     /// A message of a device or of the IOAPIC.
