@@ -80,6 +80,7 @@ mod tests {
         let mut gang = Gang::default();
         (0..100).for_each(|n| assert_eq!(gang.lost(Page(n)), None));
         assert!(gang.call(Page(99)).len() < MOST);
+        let mut gang = Gang::default();
         let mut sat_out = 0;
         for _ in 0..SIT_OUT {
             gang.lost(Page(1));
