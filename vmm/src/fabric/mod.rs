@@ -230,6 +230,11 @@ impl Fabric {
         self.ending.store(true, Ordering::SeqCst);
     }
 
+    /// True when a peer is gone or has said that it ends.
+    pub fn any_leaving(&self) -> bool {
+        self.links.iter().any(Link::is_leaving)
+    }
+
     /// True when every peer has said that it ends, or is gone.
     pub fn all_leaving(&self) -> bool {
         self.links.iter().all(Link::is_leaving)

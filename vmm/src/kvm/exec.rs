@@ -90,6 +90,8 @@ pub struct Runner<M: Machine> {
     left_at: u64,
     /// The last exit must be completed by another KVM_RUN before registers mean anything.
     unfinished: bool,
+    /// CR8 as the guest was entered with it.
+    cr8: u8,
     /// Guest TSC for which the timer signal is armed.
     armed: Option<u64>,
 }
@@ -116,6 +118,7 @@ impl<M: Machine> Runner<M> {
             clock_behind: false,
             left_at,
             unfinished: false,
+            cr8: 0,
             armed: None,
         }
     }
@@ -176,7 +179,8 @@ impl<M: Machine> Runner<M> {
             self.halted = false;
         }
         self.inject(vector)?;
-        self.vcpu.run.set_cr8(tpr >> 4);
+        self.cr8 = tpr >> 4;
+        self.vcpu.run.set_cr8(self.cr8);
         self.arm_timer(attention, deadline);
 
         if !self.handle.enter_guest() {
@@ -295,7 +299,10 @@ impl<M: Machine> Runner<M> {
         self.unfinished = false;
         let cr8 = self.vcpu.run.cr8();
         let counters = &self.handle.counters;
-        self.handle.apic().set_cr8(cr8);
+        if cr8 != self.cr8 {
+            self.cr8 = cr8;
+            self.handle.apic().set_cr8(cr8);
+        }
         match errno {
             None => {}
             Some(libc::EINTR | libc::EAGAIN) => {

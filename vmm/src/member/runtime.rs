@@ -72,6 +72,9 @@ pub enum MemberError {
     /// The coordinator's clock is not known.
     #[error("member 0 did not answer enough clock samples within {0:?}")]
     Clock(Duration),
+    /// A peer failed to start.
+    #[error("another member went away before the guest ran; its own message says why")]
+    PeerLeft,
     /// Frequencies differ too much.
     #[error(
         "this host's TSC runs at {host_khz} kHz, the guest's is to run at {guest_khz} kHz, and this CPU can't scale it: \
@@ -219,6 +222,9 @@ impl Member {
         parts.fabric_threads = fabric.start(&machine).map_err(start("a thread"))?;
         if let Some(discipline) = &machine.discipline {
             while !discipline.is_settled() {
+                if fabric.any_leaving() {
+                    return Err(MemberError::PeerLeft);
+                }
                 if Instant::now() >= end {
                     return Err(MemberError::Clock(member.plan.deadline));
                 }
