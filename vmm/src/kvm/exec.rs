@@ -245,6 +245,8 @@ impl<M: Machine> Runner<M> {
         }
         sys::interrupt(&self.vcpu.fd, vector)
             .map_err(|source| KvmError::Ioctl { what: "inject an interrupt", source })?;
+        // Mail may send us around once more before KVM_RUN: not with a second interrupt on top of this one.
+        self.vcpu.run.injected();
         count(&self.handle.counters.injections);
         let mut apic = self.handle.apic();
         apic.start_service(vector);

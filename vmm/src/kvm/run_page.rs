@@ -75,6 +75,12 @@ impl RunPage {
         self.get().ready_for_interrupt_injection != 0
     }
 
+    /// An interrupt was queued: the kernel takes no other before it says so at the next return of KVM_RUN. Until then
+    /// the field would still show the state before, and a second interrupt would replace the first.
+    pub fn injected(&mut self) {
+        self.get_mut().ready_for_interrupt_injection = 0;
+    }
+
     pub fn request_window(&mut self, wanted: bool) {
         self.get_mut().request_interrupt_window = u8::from(wanted);
     }
