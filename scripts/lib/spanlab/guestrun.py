@@ -66,7 +66,7 @@ class Outcome:
     @property
     def remote_faults(self):
         """Page faults that another member had to answer."""
-        names = ("remote_read", "remote_write", "remote_upgrade")
+        names = ("read_remote", "write_remote", "upgrade_remote")
         return sum(member.get("faults", {}).get(name, 0) for member in self.info.get("members", []) for name in names)
 
     def check(self):

@@ -37,6 +37,8 @@ def cpu_options(accel, smp):
 
     With QEMU 7.2, emulated EPYC-Milan CPUs livelock now and then when there is more than one (multi-threaded TCG against
     kernel code patching); `max` without five-level paging does not.
+
+    Without XSAVE: a guest of such a host reads the size of the XSAVE area from before its XSETBV, and Linux warns of it.
     """
     if accel == "kvm":
         return ["-accel", "kvm", "-cpu", "host", "-smp", str(smp)]
