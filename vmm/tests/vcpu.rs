@@ -23,11 +23,13 @@ std::arch::global_asm!(
     "mov ds, ax",
     "mov ss, ax",
     "mov sp, 0x7000",
-    // Interrupt vectors 0x40 (IPI) and 0x41 (timer).
+    // Interrupt vectors 0x40 (IPI), 0x41 (timer) and 0x50 (IPI).
     "mov word ptr [0x100], 0x3000",
     "mov word ptr [0x102], 0",
     "mov word ptr [0x104], 0x3100",
     "mov word ptr [0x106], 0",
+    "mov word ptr [0x140], 0x3200",
+    "mov word ptr [0x142], 0",
     "call 3f",
     // INIT, start-up.
     "mov ecx, 0x830",
@@ -40,17 +42,21 @@ std::arch::global_asm!(
     "jne 2b",
     "mov al, 'A'",
     "out 0xf4, al",
-    // 100 IPIs to CPU 1, each answered before the next.
+    // 1000 times two IPIs of different priority to CPU 1, both answered before the next two.
     "mov bx, 0",
     "4: inc bx",
     "mov ecx, 0x830",
     "mov edx, 1",
     "mov eax, 0x4040",
     "wrmsr",
+    "mov eax, 0x4050",
+    "wrmsr",
     "5: pause",
     "cmp word ptr [0x502], bx",
     "jne 5b",
-    "cmp bx, 100",
+    "cmp word ptr [0x506], bx",
+    "jne 5b",
+    "cmp bx, 1000",
     "jne 4b",
     "mov al, 'I'",
     "out 0xf4, al",
@@ -146,6 +152,20 @@ std::arch::global_asm!(
     "pop eax",
     "iret",
     "spanvm_timer_end:",
+    "spanvm_ipi2:",
+    "push eax",
+    "push ecx",
+    "push edx",
+    "inc word ptr [0x506]",
+    "xor eax, eax",
+    "xor edx, edx",
+    "mov ecx, 0x80b",
+    "wrmsr",
+    "pop edx",
+    "pop ecx",
+    "pop eax",
+    "iret",
+    "spanvm_ipi2_end:",
     ".code64",
     ".popsection",
 );
@@ -157,6 +177,8 @@ unsafe extern "C" {
     static spanvm_ap_end: u8;
     static spanvm_ipi: u8;
     static spanvm_ipi_end: u8;
+    static spanvm_ipi2: u8;
+    static spanvm_ipi2_end: u8;
     static spanvm_timer: u8;
     static spanvm_timer_end: u8;
 }
@@ -229,6 +251,7 @@ fn ipis_timers_and_startup_in_real_mode() {
             (0x2000, code(&spanvm_ap, &spanvm_ap_end)),
             (0x3000, code(&spanvm_ipi, &spanvm_ipi_end)),
             (0x3100, code(&spanvm_timer, &spanvm_timer_end)),
+            (0x3200, code(&spanvm_ipi2, &spanvm_ipi2_end)),
         ] {
             ram[at..at + code.len()].copy_from_slice(code);
         }
@@ -274,6 +297,6 @@ fn ipis_timers_and_startup_in_real_mode() {
     }
     let stats: Vec<_> = vcpus.iter().map(|v| v.stats()).collect();
     assert_eq!(*machine.output.lock().unwrap(), "AITE", "after {took:?}: {stats:#?}");
-    assert!(stats[0].timer_fires >= 30 && stats[1].injections >= 100, "{stats:?}");
+    assert!(stats[0].timer_fires >= 30 && stats[1].injections >= 2000, "{stats:?}");
     eprintln!("took {took:?}: {stats:?}");
 }

@@ -413,6 +413,7 @@ impl<M: Machine> Runner<M> {
             X2APIC_MSR_FIRST..=X2APIC_MSR_LAST => self.handle.apic().msr_read(access.index, now).ok(),
             msr::IA32_TSC_DEADLINE => Some(self.handle.apic().tsc_deadline()),
             msr::IA32_APIC_BASE => Some(self.handle.apic().base()),
+            msr::HWCR => Some(msr::HWCR_VALUE),
             other => {
                 tracing::debug!("vCPU {}: RDMSR {other:#x} is unknown", self.handle.id());
                 msr::unknown_read(other)
@@ -434,6 +435,7 @@ impl<M: Machine> Runner<M> {
             X2APIC_MSR_FIRST..=X2APIC_MSR_LAST => apic.msr_write(index, value, now),
             msr::IA32_TSC_DEADLINE => Ok(apic.set_tsc_deadline(value)),
             msr::IA32_APIC_BASE => apic.set_base(value),
+            msr::HWCR => Ok(ApicAction::None),
             other => {
                 tracing::debug!("vCPU {}: WRMSR {other:#x} = {value:#x} is unknown", self.handle.id());
                 if msr::unknown_write_is_ignored(other) {

@@ -12,9 +12,15 @@ pub const IA32_MTRR_DEF_TYPE: u32 = 0x2FF;
 /// IA32_TSC_DEADLINE.
 pub const IA32_TSC_DEADLINE: u32 = 0x6E0;
 
+/// AMD's hardware configuration register.
+pub const HWCR: u32 = 0xC001_0015;
+/// What it reads as: TscFreqSel, the TSC counts at the frequency of P0 in all states (APM vol. 2, 3.2.10), which
+/// Linux wants to see with a constant TSC. KVM before Linux 6.7 can't be told that.
+pub const HWCR_VALUE: u64 = 1 << 24;
+
 /// What KVM would handle by itself and must not: without the in-kernel APIC it drops writes to the deadline
 /// and does not tell us about the mode.
-pub const FILTERED: [u32; 2] = [IA32_APIC_BASE, IA32_TSC_DEADLINE];
+pub const FILTERED: [u32; 3] = [IA32_APIC_BASE, IA32_TSC_DEADLINE, HWCR];
 
 /// Values at reset that differ from KVM's: MTRRs on with write-back as default type (fixed ranges stay off, as
 /// they would make the first MiB uncached), and fast strings.
@@ -37,9 +43,9 @@ pub fn unknown_read(msr: u32) -> Option<u64> {
         | 0x619
         | 0x639
         | 0x641 => Some(0),
-        // AMD: HWCR, NB_CFG, SYSCFG, TOP_MEM, TOP_MEM2, MMIO configuration base, patch level, OSVW.
-        0xC001_0015 | 0xC001_001F | 0xC001_0010 | 0xC001_001A | 0xC001_001D | 0xC001_0058 | 0x8B
-        | 0xC001_0140 | 0xC001_0141 => Some(0),
+        // AMD: NB_CFG, SYSCFG, TOP_MEM, TOP_MEM2, MMIO configuration base, patch level, OSVW.
+        0xC001_001F | 0xC001_0010 | 0xC001_001A | 0xC001_001D | 0xC001_0058 | 0x8B | 0xC001_0140
+        | 0xC001_0141 => Some(0),
         _ => None,
     }
 }
