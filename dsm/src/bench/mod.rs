@@ -1,6 +1,7 @@
 //! Benchmarks and workloads over real processes, real userfaultfd and real TCP; no KVM needed.
 //!
 //! - [`fault`]: what one remote fault costs, over the physical floor measured in the same run ([`floor`]).
+//! - [`many`]: what the protocol costs as members grow, up to 64, over a simulated transport in this process.
 //! - [`group`]: starts member processes and gives them orders; [`peer`]: a member process that takes orders.
 //! - [`work`]: what members can be ordered to do with the memory.
 //!
@@ -9,6 +10,7 @@
 pub mod fault;
 pub mod floor;
 pub mod group;
+pub mod many;
 pub mod peer;
 pub mod work;
 
@@ -62,6 +64,14 @@ pub enum BenchError {
         what: &'static str,
         /// The kernel's answer.
         source: io::Error,
+    },
+    /// The simulated cluster broke the rules.
+    #[error("the simulation of {members} members failed: {what}")]
+    Simulation {
+        /// Size of the cluster.
+        members: u16,
+        /// What went wrong.
+        what: String,
     },
     /// There is nothing to measure.
     #[error("{0}")]

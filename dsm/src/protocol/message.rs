@@ -128,6 +128,29 @@ pub enum Msg<D> {
     },
 }
 
+impl<D> Msg<D> {
+    /// The message without the bytes of its page.
+    pub(crate) fn without_bytes(&self) -> Msg<()> {
+        match self {
+            Msg::Get { write, token } => Msg::Get { write: *write, token: *token },
+            Msg::Forward { requester, terms, data } => {
+                Msg::Forward { requester: *requester, terms: *terms, data: *data }
+            }
+            Msg::Invalidate { requester, token } => Msg::Invalidate { requester: *requester, token: *token },
+            Msg::Grant { terms, contents } => {
+                let contents = match contents {
+                    Contents::Zero => Contents::Zero,
+                    Contents::Bytes(_) => Contents::Bytes(()),
+                    Contents::Keep => Contents::Keep,
+                };
+                Msg::Grant { terms: *terms, contents }
+            }
+            Msg::InvAck { token } => Msg::InvAck { token: *token },
+            Msg::Done { token } => Msg::Done { token: *token },
+        }
+    }
+}
+
 /// Why a fault was served as it was; for counters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Want {

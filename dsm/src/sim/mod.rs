@@ -8,7 +8,7 @@
 //! - [`member`]: a member, put together. [`workload`]: what its threads do.
 //! - [`world`]: who does what next. [`chaos`]: what goes wrong meanwhile; [`plan`]: what of it a seed stands for.
 //! - [`truth`]: what every access must see and who may have what; [`trace`]: the story of a run.
-//! - [`runner`]: many seeds.
+//! - [`runner`]: many seeds. [`scale`]: many members, and nothing goes wrong.
 //!
 //! Checked at every step: one writer or many readers; every read returns the last write in the page's order and every page
 //! that arrives holds it; a page stays for its hold time; only who must fail fails and blames the right peer.
@@ -22,6 +22,7 @@ mod net;
 mod plan;
 mod rng;
 mod runner;
+pub(crate) mod scale;
 mod sched;
 mod trace;
 mod truth;

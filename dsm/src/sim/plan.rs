@@ -94,6 +94,10 @@ pub(super) struct Plan {
     /// How often, per mille, the kernel answers a copy or a protection with EAGAIN or EEXIST.
     pub(super) hiccups: u64,
     pub(super) chaos: Vec<(u64, Chaos)>,
+    /// An access that takes longer than this after everything has healed is taken for lost, in nanoseconds.
+    pub(super) patience: u64,
+    /// A run with more events than this is going round in circles.
+    pub(super) most_events: u64,
 }
 
 impl Plan {
@@ -114,6 +118,8 @@ impl Plan {
             longest_pause: [US, 10 * US, 300 * US][rng.index(3)],
             hiccups: [0, 5, 100][rng.index(3)],
             chaos: Vec::new(),
+            patience: 400 * MS,
+            most_events: 3_000_000,
         };
         plan.add_chaos(rng);
         plan

@@ -27,12 +27,8 @@ use std::sync::Arc;
 
 /// Commands whose steps may be interrupted while the steps of another one are.
 const DEPTH: u32 = 3;
-/// An access that takes longer than this after everything has healed is taken for lost.
-const PATIENCE: u64 = 400 * MS;
 /// Time between two looks at those who wait.
 const WATCH: u64 = 20 * MS;
-/// A run with more events is going round in circles.
-const MOST_EVENTS: u64 = 3_000_000;
 
 /// How often things happened that a run must not be without.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,6 +42,9 @@ pub(super) struct Tally {
     pub(super) again: u64,
     pub(super) full: u64,
     pub(super) handled: u64,
+    /// Accesses that had to wait, and how long all of them together, in nanoseconds.
+    pub(super) waits: u64,
+    pub(super) waited: u64,
 }
 
 /// What went wrong in a run.
@@ -65,6 +64,19 @@ pub(super) struct MustFail {
     pub(super) word: &'static str,
 }
 
+/// An event that a member's core handled, and when; pages without their bytes.
+pub(super) type Record = (u16, u64, Input<()>);
+
+fn bare(input: &Input<PageBuf>) -> Input<()> {
+    match input {
+        Input::Fault { page, write } => Input::Fault { page: *page, write: *write },
+        Input::Timer { page } => Input::Timer { page: *page },
+        Input::Message { from, page, msg } => {
+            Input::Message { from: *from, page: *page, msg: msg.without_bytes() }
+        }
+    }
+}
+
 /// Everything there is.
 #[derive(Debug)]
 pub(super) struct World {
@@ -82,6 +94,9 @@ pub(super) struct World {
     verdict: RefCell<Option<Verdict>>,
     /// Who must fail, since the fatal event.
     pub(super) must_fail: RefCell<Vec<MustFail>>,
+    /// What the cores were made from, and every event that they handled, if they are to be kept.
+    pub(super) cores: Vec<CoreConfig>,
+    pub(super) record: Option<RefCell<Vec<Record>>>,
     unique: Cell<u64>,
     is_over: Cell<bool>,
 }
@@ -110,9 +125,15 @@ impl World {
             token_key: sched.rng.next() | 1,
             first_touch: plan.first_touch,
         };
-        let member = |me| Member::new(me, core(me), (0..members).map(|other| peer(me, other)).collect());
+        let cores: Vec<CoreConfig> = (0..members).map(core).collect();
+        let member = |core: &CoreConfig| {
+            let me = core.me.0;
+            Member::new(me, core.clone(), (0..members).map(|other| peer(me, other)).collect())
+        };
         let mut world = World {
-            members: (0..members).map(member).collect(),
+            members: cores.iter().map(member).collect(),
+            cores,
+            record: None,
             truth: RefCell::new(Truth::new(layout.pages())),
             trace: Trace::new(trace),
             pages: (0..layout.pages()).map(Page).collect(),
@@ -249,7 +270,7 @@ impl World {
         while self.verdict.borrow().is_none() && !self.is_over.get() {
             let Some(event) = self.sched.next(limit) else { break };
             self.dispatch(event);
-            if self.sched.count() > MOST_EVENTS {
+            if self.sched.count() > self.plan.most_events {
                 self.expect(None, Err("the run goes round in circles".into()));
             }
         }
@@ -339,7 +360,12 @@ impl World {
                 format!("thread {number}: word {} {:?}", op.word, op.access)
             });
             self.expect(Some(op.page), result);
-            self.count(|t| t.accesses += 1);
+            let waited = thread.waits.map(|since| self.sched.now() - since);
+            self.count(|t| {
+                t.accesses += 1;
+                t.waits += u64::from(waited.is_some());
+                t.waited += waited.unwrap_or(0);
+            });
             thread.advance();
             if !thread.is_done() {
                 let delay = self.delay(member.number, self.plan.taste.think);
@@ -416,6 +442,9 @@ impl World {
         let now = self.sched.now();
         member.handling.set((now, is_remote));
         let place = Place { world: self, member };
+        if let Some(record) = &self.record {
+            record.borrow_mut().push((member.number, now, bare(&input)));
+        }
         member.is_busy.set(true);
         let mut after = member.shard.borrow_mut().process(&place, now, input);
         self.check_hold(member, now);
@@ -484,7 +513,7 @@ impl World {
         let now = self.sched.now();
         let healed = self.plan.healed();
         if let Some((at, chaos)) = self.plan.fatal() {
-            if now < at.max(healed) + PATIENCE / 2 {
+            if now < at.max(healed) + self.plan.patience / 2 {
                 return self.sched.after(WATCH, Event::Watch);
             }
             let must_fail = self.must_fail.borrow();
@@ -503,7 +532,7 @@ impl World {
         for member in &self.members {
             for (n, thread) in member.threads.borrow().iter().enumerate() {
                 let Some((op, since)) = thread.waiting() else { continue };
-                if now > since.max(healed) + PATIENCE {
+                if now > since.max(healed) + self.plan.patience {
                     let what = format!(
                         "thread {n} of member {} waits for page {} since {} us, after {} faults",
                         member.number,

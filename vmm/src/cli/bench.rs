@@ -6,6 +6,7 @@ use crate::control::host::chain;
 use clap::{Args, Subcommand};
 use dsm::bench::fault::{self, FaultOptions};
 use dsm::bench::group::self_launcher;
+use dsm::bench::many::{self, ManyOptions};
 use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
 
@@ -22,6 +23,8 @@ pub struct BenchArgs {
 pub enum Bench {
     /// A page fault that another process answers: read, write, upgrade. Needs no KVM.
     Fault(FaultArgs),
+    /// The protocol's cost as members grow, over a simulated transport. Needs no KVM.
+    Many(ManyArgs),
     /// A member process of a benchmark.
     #[command(hide = true)]
     Peer(PeerArgs),
@@ -41,6 +44,22 @@ pub struct FaultArgs {
     #[arg(long, value_name = "N", default_value_t = FaultOptions::default().runs,
           value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub runs: u32,
+}
+
+/// Flags of `bench many`.
+#[derive(Args, Debug)]
+pub struct ManyArgs {
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// Members of the largest cluster.
+    #[arg(long, value_name = "N", default_value_t = ManyOptions::default().members,
+          value_parser = clap::value_parser!(u16).range(2..=64))]
+    pub members: u16,
+    /// Accesses per cluster.
+    #[arg(long, value_name = "N", default_value_t = ManyOptions::default().accesses,
+          value_parser = clap::value_parser!(u32).range(1000..=10_000_000))]
+    pub accesses: u32,
 }
 
 /// Flags of `bench peer`.
@@ -66,6 +85,17 @@ pub fn run(args: &BenchArgs) -> Result<u8, End> {
                 output::line(&text);
             } else {
                 output::line(report.to_string().trim_end());
+            }
+        }
+        Bench::Many(args) => {
+            let options =
+                ManyOptions { members: args.members, accesses: args.accesses, ..ManyOptions::default() };
+            let report = many::run(options, progress("many")).map_err(failed)?;
+            if args.json {
+                let text = serde_json::to_string(&report).map_err(|e| End::Failed(format!("JSON: {e}")))?;
+                output::line(&text);
+            } else {
+                output::line(&report.to_string());
             }
         }
         Bench::Peer(args) => dsm::bench::peer_main(args.addr).map_err(failed)?,
