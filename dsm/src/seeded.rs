@@ -156,3 +156,6 @@ pub use switch::switch_on;
 pub(crate) const fn is_on(_: SeededFault) -> bool {
     false
 }
+
+#[cfg(all(test, feature = "seeded-faults"))]
+mod tests;

@@ -57,6 +57,8 @@ pub struct Violation {
 mod cluster;
 #[cfg(test)]
 mod model;
+#[cfg(all(test, feature = "seeded-faults"))]
+pub(crate) use model::seeded::find as find_by_model;
 #[cfg(test)]
 mod properties;
 #[cfg(test)]

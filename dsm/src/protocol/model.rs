@@ -1,5 +1,8 @@
 //! Exhaustive check: three members and one page, every interleaving of faults, writes, deliveries and hold times.
 
+#[cfg(feature = "seeded-faults")]
+pub(super) mod seeded;
+
 use super::cluster::Cluster;
 use crate::layout::Page;
 use stateright::{Checker, Model, Property};

@@ -13,19 +13,6 @@ fn a_few_hundred_seeds_are_clean() {
     assert!(rare.iter().all(|n| *n > 0), "something never happened: {t:?}");
 }
 
-#[cfg(feature = "seeded-faults")]
-#[test]
-fn every_seeded_fault_is_caught() {
-    use crate::seeded::SeededFault;
-    for fault in SeededFault::ALL {
-        let options =
-            SimOptions { seeds: 5000, fault: Some(fault), stop_at_first: true, ..SimOptions::default() };
-        let report = run(&options);
-        let first = report.failures.first().unwrap_or_else(|| panic!("nobody notices {fault}"));
-        println!("{fault}: seed {}: {}", first.seed, first.what);
-    }
-}
-
 #[test]
 fn a_seed_is_one_story() {
     let tell = |seed| {
