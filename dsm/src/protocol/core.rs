@@ -52,6 +52,23 @@ pub enum Event<D> {
     },
 }
 
+impl<D> Event<D> {
+    /// The event without the bytes of its page.
+    pub(crate) fn without_bytes(&self) -> Event<()> {
+        match self {
+            Event::Fault { page, write } => Event::Fault { page: *page, write: *write },
+            Event::Ahead { page } => Event::Ahead { page: *page },
+            Event::Rest { resting } => Event::Rest { resting: *resting },
+            Event::Soften => Event::Soften,
+            Event::Yield => Event::Yield,
+            Event::Message { from, page, msg } => {
+                Event::Message { from: *from, page: *page, msg: msg.without_bytes() }
+            }
+            Event::Timer { page } => Event::Timer { page: *page },
+        }
+    }
+}
+
 /// What the shell around the core must do, in this order.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Command<D> {

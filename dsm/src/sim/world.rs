@@ -67,16 +67,6 @@ pub(super) struct MustFail {
 /// An event that a member's core handled, and when; pages without their bytes.
 pub(super) type Record = (u16, u64, Input<()>);
 
-fn bare(input: &Input<PageBuf>) -> Input<()> {
-    match input {
-        Input::Fault { page, write } => Input::Fault { page: *page, write: *write },
-        Input::Timer { page } => Input::Timer { page: *page },
-        Input::Message { from, page, msg } => {
-            Input::Message { from: *from, page: *page, msg: msg.without_bytes() }
-        }
-    }
-}
-
 /// Everything there is.
 #[derive(Debug)]
 pub(super) struct World {
@@ -443,7 +433,7 @@ impl World {
         member.handling.set((now, is_remote));
         let place = Place { world: self, member };
         if let Some(record) = &self.record {
-            record.borrow_mut().push((member.number, now, bare(&input)));
+            record.borrow_mut().push((member.number, now, input.without_bytes()));
         }
         member.is_busy.set(true);
         let mut after = member.shard.borrow_mut().process(&place, now, input);
