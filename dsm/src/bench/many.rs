@@ -282,13 +282,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_cost_of_a_step_does_not_depend_on_the_number_of_members() {
+    fn the_steps_of_a_fault_do_not_grow_with_the_number_of_members() {
         let opts = ManyOptions { members: 64, accesses: 6400, pages: 8, runs: 1 };
         let report = run(opts, |_, _| ()).unwrap();
         println!("{report}");
         assert_eq!(report.mixed.sizes.len(), 4);
-        let bytes = report.directory_bytes_per_page;
-        assert!((15.0..20.0).contains(&bytes), "{bytes}");
+        // Steps, not times or resident bytes: those are shared with the tests that run meanwhile.
+        // Few members with few pages call gangs of up to 24 pages.
+        let steps: Vec<f64> = report.mixed.sizes.iter().map(|s| s.steps_per_fault).collect();
+        assert!(steps.iter().all(|s| (3.0..150.0).contains(s)), "{steps:?}");
+        assert!(steps.last().is_some_and(|s| *s < 8.0), "{steps:?}");
         // The most that a write can take: request, forward, 62 invalidations and their acknowledgements, grant, done.
         let most = report.read_mostly.sizes.iter().map(|s| s.messages_per_fault).fold(0.0, f64::max);
         assert!(most < 128.0, "{most}");

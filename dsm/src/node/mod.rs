@@ -5,11 +5,13 @@
 //! - [`receive threads`](threads): one per peer. Reads frames, asks the core, fills pages and wakes their waiters itself.
 //! - [`gang`]: contended pages that are used together come back together.
 //! - [`keeper`]: one thread for everything that waits: hold times, full sockets, heartbeats and deadlines.
-//! - [`shard`]: carries out the core's commands; [`shell`]: what all threads share. [`Dsm`] is the door.
+//! - [`engine`]: which cores are asked, in which order; [`shard`]: carries out what a core commands. Both run in the
+//!   simulation, too. [`shell`]: what all threads share. [`Dsm`] is the door.
 //!
 //! A fault thus costs two thread switches here: the fault thread and the receive thread.
 
 mod config;
+pub(crate) mod engine;
 mod failure;
 mod gang;
 mod keeper;

@@ -46,6 +46,21 @@ pub(crate) trait Env {
 
     /// Sees to it that [`Event::Timer`] comes at `at`.
     fn set_timer(&self, at: u64, page: Page);
+
+    /// Whether the memory has neither failed nor been shut down.
+    fn is_running(&self) -> bool;
+
+    /// The memory has failed, by the fault of `peer` if there is one.
+    fn fail(&self, peer: Option<MemberId>, cause: Cause);
+
+    /// Writes what is queued for these peers, without waiting.
+    fn flush(&self, talk: MemberSet, now: u64);
+
+    /// An event is about to be given to its core, with the core's lock held; for the simulation.
+    fn before(&self, _now: u64, _event: &Event<PageBuf>) {}
+
+    /// What the core commanded has been carried out, the lock is still held; for the simulation.
+    fn after(&self, _core: &Core<PageBuf>) {}
 }
 
 /// What is left to do without the shard's lock.

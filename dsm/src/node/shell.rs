@@ -1,21 +1,17 @@
-//! Carries out what the protocol core commands.
-//!
-//! The pages are dealt out to cores, each with its [`Shard`] behind a lock. Memory commands are carried out under the
-//! lock: a fill and the drop that follows it can't change places. None of them waits for anybody but the kernel. Frames
-//! are only queued under the lock, so that those about a page leave in order, and are written after it is let go.
+//! Everything that a member's threads share, and what surrounds the [`Engine`] in production.
 
 use super::config::DsmConfig;
+use super::engine::Engine;
 use super::failure::{Cause, DsmFailure};
-use super::gang::Gang;
 use super::keeper::Keeper;
-use super::shard::{After, Env, PageBuf, Shard};
+use super::shard::Env;
 use super::{DsmError, PAGE};
 use crate::addr::{Epoch, MAX_MEMBERS, MemberId, PAGE_SIZE};
 use crate::layout::{Layout, Page};
 use crate::protocol::pages::{BLOCK, Share};
-use crate::protocol::{Core, CoreConfig, Event, MemberSet, Msg};
+use crate::protocol::{CoreConfig, MemberSet, Msg};
 use crate::region::{Fault, Kernel, Region, RegionError};
-use crate::stats::{DsmSnapshot, FaultLog, FaultRecord, PeerTraffic, ShardStats};
+use crate::stats::{DsmSnapshot, FaultLog, FaultRecord, PeerTraffic};
 use crate::transport::frame::Header;
 use crate::transport::link::{Flush, Link};
 use std::net::TcpStream;
@@ -35,16 +31,15 @@ struct Report {
     handler: Option<Box<dyn Fn(DsmFailure) + Send + Sync>>,
 }
 
-/// Everything that a member's threads share. Lock order: a shard, then a link's locks or the keeper's; `report`, `log`
-/// and `gang` are taken alone.
+/// Everything that a member's threads share. Lock order: the engine's, then a link's locks or the keeper's; `report` and
+/// `log` are taken alone.
 pub(super) struct Shell {
     cfg: DsmConfig,
     layout: Arc<Layout>,
     members: MemberSet,
     region: Region,
-    shards: Vec<Mutex<Shard>>,
+    engine: Engine,
     links: Vec<Option<Link>>,
-    gang: Mutex<Gang>,
     keeper: Keeper,
     state: AtomicU8,
     report: Mutex<Report>,
@@ -96,6 +91,33 @@ impl Env for Shell {
     fn set_timer(&self, at: u64, page: Page) {
         self.keeper.set_timer(at, page);
     }
+
+    fn is_running(&self) -> bool {
+        Shell::is_running(self)
+    }
+
+    fn fail(&self, peer: Option<MemberId>, cause: Cause) {
+        Shell::fail(self, peer, cause);
+    }
+
+    /// What the sockets don't take is the keeper's.
+    fn flush(&self, talk: MemberSet, now: u64) {
+        if talk.is_empty() {
+            return;
+        }
+        for peer in talk.iter() {
+            let Some(link) = self.link(peer) else { continue };
+            if link.has_left() {
+                self.fail(Some(peer), Cause::Left);
+                continue;
+            }
+            match link.flush(now) {
+                Ok(Flush::Done) => {}
+                Ok(Flush::Full) => self.keeper.kick(),
+                Err(e) => self.fail(Some(peer), Cause::Disconnected(format!("its connection broke: {e}"))),
+            }
+        }
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -122,25 +144,20 @@ impl Shell {
         }
         let region = Region::new(&layout, cfg.shards)?;
         let token_key = rand::random::<u64>() | 1;
-        let shards = (0..1 << SHARD_BITS).map(|index| {
-            let core = Core::new(CoreConfig {
-                me: cfg.me,
-                layout: layout.clone(),
-                share: Share::new(index, SHARD_BITS),
-                hold: cfg.hold,
-                token_key: token_key.wrapping_mul(u64::from(index) * 2 + 1),
-                first_touch: cfg.first_touch.clamp(1, crate::region::MAX_ZERO_RUN),
-            });
-            let stats = ShardStats::new(Share::new(index, SHARD_BITS), layout.pages());
-            Mutex::new(Shard::new(core, stats))
-        });
+        let core = CoreConfig {
+            me: cfg.me,
+            layout: layout.clone(),
+            share: Share::WHOLE,
+            hold: cfg.hold,
+            token_key,
+            first_touch: cfg.first_touch.clamp(1, crate::region::MAX_ZERO_RUN),
+        };
         Ok(Shell {
-            shards: shards.collect(),
+            engine: Engine::new(&core, SHARD_BITS),
             layout: layout.clone(),
             members,
             region,
             links,
-            gang: Mutex::default(),
             keeper: Keeper::new().map_err(|source| DsmError::Start { what: "the timer", source })?,
             state: AtomicU8::new(RUNNING),
             report: Mutex::default(),
@@ -192,99 +209,35 @@ impl Shell {
         self.state.load(Ordering::Acquire) == STOPPED
     }
 
-    fn shard(&self, page: Page) -> MutexGuard<'_, Shard> {
-        let index = Share::index_of(page, SHARD_BITS) as usize;
-        lock(&self.shards[index % self.shards.len()])
-    }
-
     /// A thread waits for a page.
     pub(super) fn fault(&self, fault: Fault) {
         let Fault { page, write, thread } = fault;
         let now = self.now();
-        let mut shard = self.shard(page);
-        let after = self.process(&mut shard, now, Event::Fault { page, write });
-        let remote = shard.core.cache().is_pending(page);
-        let contended = shard.core.cache().is_contended(page);
-        drop(shard);
+        let remote = self.engine.fault(self, now, page, write);
         if let Some(log) = &self.log {
             let gpa = self.layout.gpa_of(page);
             lock(log).push(FaultRecord { at_ns: now, gpa, write, remote, thread });
-        }
-        let mut after = after;
-        if remote && contended {
-            let companions = lock(&self.gang).call(page);
-            self.ask_ahead(companions, now, &mut after);
-        }
-        self.follow_up(after, now);
-    }
-
-    fn ask_ahead(&self, pages: Vec<Page>, now: u64, after: &mut After) {
-        for page in pages {
-            after.add(self.process(&mut self.shard(page), now, Event::Ahead { page }));
         }
     }
 
     /// See [`super::DsmHandle::soften`].
     pub(super) fn soften(&self) {
-        let now = self.now();
-        for shard in &self.shards {
-            let after = self.process(&mut lock(shard), now, Event::Soften);
-            self.follow_up(after, now);
-        }
+        self.engine.soften(self, self.now());
     }
 
     /// See [`super::DsmHandle::rest`].
     pub(super) fn rest(&self, resting: bool) {
-        let now = self.now();
-        for shard in &self.shards {
-            let after = self.process(&mut lock(shard), now, Event::Rest { resting });
-            self.follow_up(after, now);
-        }
+        self.engine.rest(self, self.now(), resting);
     }
 
     /// A message has come. `bytes` is its page, if it has one.
     pub(super) fn message(&self, from: MemberId, page: Page, msg: Msg<()>, bytes: &[u8]) {
-        let now = self.now();
-        let mut shard = self.shard(page);
-        let msg = shard.attach(msg, bytes);
-        let after = self.process(&mut shard, now, Event::Message { from, page, msg });
-        drop(shard);
-        self.follow_up(after, now);
+        self.engine.message(self, self.now(), from, page, msg, bytes);
     }
 
     /// A hold time has run out.
     pub(super) fn timer(&self, page: Page) {
-        let now = self.now();
-        let mut after = self.process(&mut self.shard(page), now, Event::Timer { page });
-        if !after.lost.is_empty() {
-            for shard in &self.shards {
-                after.add(self.process(&mut lock(shard), now, Event::Yield));
-            }
-        }
-        self.follow_up(after, now);
-    }
-
-    /// Gives an event to the core and carries out what it commands, unless the member has stopped.
-    fn process(&self, shard: &mut Shard, now: u64, event: Event<PageBuf>) -> After {
-        if self.is_running() { shard.process(self, now, event) } else { After::default() }
-    }
-
-    fn follow_up(&self, mut after: After, now: u64) {
-        let woken = after.wake;
-        after.wake(&self.region);
-        if woken.is_some() || !after.lost.is_empty() {
-            let mut gang = lock(&self.gang);
-            if let Some(page) = woken {
-                gang.came(page);
-            }
-            let missed = std::mem::take(&mut after.lost).into_iter().filter_map(|p| gang.lost(p)).collect();
-            drop(gang);
-            self.ask_ahead(missed, now, &mut after);
-        }
-        if let Some((peer, cause)) = after.failure {
-            self.fail(peer, cause);
-        }
-        self.flush(after.talk, now);
+        self.engine.timer(self, self.now(), page);
     }
 
     /// Writes to the sockets, for the keeper: it will look again by itself.
@@ -294,25 +247,6 @@ impl Shell {
             let Some(link) = self.link(peer) else { continue };
             if let Err(e) = link.flush(now) {
                 self.fail(Some(peer), Cause::Disconnected(format!("its connection broke: {e}")));
-            }
-        }
-    }
-
-    /// Writes to the sockets; what they don't take is the keeper's.
-    fn flush(&self, talk: MemberSet, now: u64) {
-        if talk.is_empty() {
-            return;
-        }
-        for peer in talk.iter() {
-            let Some(link) = self.link(peer) else { continue };
-            if link.has_left() {
-                self.fail(Some(peer), Cause::Left);
-                continue;
-            }
-            match link.flush(now) {
-                Ok(Flush::Done) => {}
-                Ok(Flush::Full) => self.keeper.kick(),
-                Err(e) => self.fail(Some(peer), Cause::Disconnected(format!("its connection broke: {e}"))),
             }
         }
     }
@@ -327,7 +261,7 @@ impl Shell {
             let page = self.layout.page_at(gpa).filter(|p| self.layout.home_of(*p) == Some(self.cfg.me));
             let page = page.ok_or(DsmError::NotHome { gpa })?;
             let at = usize::try_from(gpa % PAGE_SIZE).unwrap_or(0);
-            let mut shard = self.shard(page);
+            let mut shard = self.engine.shard(page);
             // Whole pages of one block go in together: they are the same shard's.
             let whole = if at == 0 { u32::try_from(rest.len() / PAGE).unwrap_or(u32::MAX) } else { 0 };
             let run = shard.core.preload(page, whole.min(BLOCK - page.0 % BLOCK));
@@ -417,8 +351,7 @@ impl Shell {
     pub(super) fn snapshot(&self) -> DsmSnapshot {
         let mut snapshot = DsmSnapshot { replaced: self.region.replaced(), ..DsmSnapshot::default() };
         let mut total = crate::stats::Totals::default();
-        for shard in &self.shards {
-            let shard = lock(shard);
+        for shard in self.engine.shards() {
             let (shared, modified) = shard.core.cache().resident();
             snapshot.pages_shared += shared;
             snapshot.pages_modified += modified;

@@ -117,7 +117,7 @@ fn forge(world: &World, from: u16, to: u16, what: Forgery) {
 pub(super) fn agree(world: &World) -> Result<(), String> {
     for page in (0..world.layout.pages()).map(Page) {
         let Some(home) = world.layout.home_of(page).and_then(|h| world.member(h.0)) else { continue };
-        let shard = home.shard.borrow();
+        let shard = home.engine.shard(page);
         if shard.core.directory().is_busy(page) {
             return Err(format!("the transaction of page {} never ends", page.0));
         }
@@ -145,7 +145,7 @@ fn check_member(member: &Member, page: Page, holders: Holders) -> Result<(), Str
         Some(copy) if copy.writable => State::Modified,
         Some(_) => State::Shared,
     };
-    let shard = member.shard.borrow();
+    let shard = member.engine.shard(page);
     let cache = shard.core.cache();
     if cache.is_pending(page) {
         return Err(format!("{me} waits for page {} for ever", page.0));

@@ -8,10 +8,10 @@ use super::world::World;
 use crate::addr::{Epoch, MemberId};
 use crate::layout::{Layout, Page};
 use crate::node::Cause;
-use crate::node::shard::{Env, Shard};
-use crate::protocol::{Core, CoreConfig, pages::Share};
+use crate::node::engine::Engine;
+use crate::node::shard::{Env, PageBuf};
+use crate::protocol::{Core, CoreConfig, Event as Input, MemberSet};
 use crate::region::{Fault, Kernel, RegionError};
-use crate::stats::ShardStats;
 use crate::transport::frame::Header;
 use crate::transport::link::Link;
 use crate::transport::reader::FrameReader;
@@ -30,19 +30,30 @@ pub(super) struct Peer {
     pub(super) link: Link<Rc<Pipe>>,
     pub(super) reader: RefCell<FrameReader<Stream>>,
     pub(super) incoming: Rc<Pipe>,
+    /// Whether its receive thread is at work on a frame.
+    pub(super) is_receiving: Cell<bool>,
+}
+
+/// What the simulation remembers of an event while it is handled.
+#[derive(Clone, Copy, Debug, Default)]
+struct Handling {
+    at: u64,
+    is_remote: bool,
+    /// Whether it ends holds before their time.
+    is_early: bool,
 }
 
 /// A member.
 pub(super) struct Member {
     pub(super) number: u16,
-    pub(super) shard: RefCell<Shard>,
+    pub(super) engine: Engine,
     pub(super) memory: RefCell<Memory>,
     pub(super) peers: Vec<Option<Peer>>,
     pub(super) threads: RefCell<Vec<Thread>>,
     /// Faults that the fault thread has read and not yet served.
     pub(super) batch: RefCell<VecDeque<Fault>>,
     pub(super) is_watching: Cell<bool>,
-    /// Whether a thread of the node is at work on the shard.
+    /// Whether a thread of the node has the lock of its one shard.
     pub(super) is_busy: Cell<bool>,
     /// Whether it holds the lock of a link's queue.
     pub(super) is_queueing: Cell<bool>,
@@ -56,10 +67,10 @@ pub(super) struct Member {
     pub(super) failure: RefCell<Option<Failure>>,
     /// When each page came from elsewhere, if it did.
     pub(super) came: RefCell<Vec<Option<u64>>>,
-    /// Time of the event that is being handled, and whether it came from elsewhere.
-    pub(super) handling: Cell<(u64, bool)>,
+    /// The event that is being handled.
+    handling: Cell<Handling>,
     /// Pages that lost a right while the event was handled.
-    pub(super) lost: RefCell<Vec<Page>>,
+    lost: RefCell<Vec<Page>>,
 }
 
 impl fmt::Debug for Member {
@@ -69,12 +80,11 @@ impl fmt::Debug for Member {
 }
 
 impl Member {
-    pub(super) fn new(number: u16, core: CoreConfig, peers: Vec<Option<Peer>>) -> Member {
+    pub(super) fn new(number: u16, core: &CoreConfig, peers: Vec<Option<Peer>>) -> Member {
         let pages = core.layout.pages();
-        let stats = ShardStats::new(Share::WHOLE, pages);
         Member {
             number,
-            shard: RefCell::new(Shard::new(Core::new(core), stats)),
+            engine: Engine::new(core, 0),
             memory: RefCell::new(Memory::new(pages)),
             peers,
             threads: RefCell::default(),
@@ -105,7 +115,7 @@ impl Member {
     }
 
     fn set_came(&self, page: Page) {
-        let (at, is_remote) = self.handling.get();
+        let Handling { at, is_remote, .. } = self.handling.get();
         if let Some(came) = self.came.borrow_mut().get_mut(page.0 as usize) {
             *came = is_remote.then_some(at);
         }
@@ -130,6 +140,26 @@ impl Place<'_> {
         let truth = &mut *self.world.truth.borrow_mut();
         let result = truth.set_right(self.member.number, page, copy.is_some(), copy == Some(true));
         self.world.expect(Some(page), result);
+    }
+
+    /// A page that came from elsewhere stays for its hold time, unless this member asks for more of it itself.
+    fn check_hold(&self, core: &Core<PageBuf>) {
+        let Handling { at: now, is_early, .. } = self.member.handling.get();
+        // Ages are known to a microsecond.
+        let least = u64::try_from(self.world.plan.hold.min.as_nanos()).unwrap_or(0).saturating_sub(2048);
+        for page in self.member.lost.borrow_mut().drain(..) {
+            let came = self.member.came.borrow().get(page.0 as usize).copied().flatten();
+            let Some(came) = came.filter(|_| !is_early) else { continue };
+            if now.saturating_sub(came) < least && !core.cache().is_pending(page) {
+                let what = format!(
+                    "member {} gave up page {} after {} ns, before its hold time was over",
+                    self.member.number,
+                    page.0,
+                    now - came
+                );
+                self.world.expect(Some(page), Err(what));
+            }
+        }
     }
 
     fn hiccup(&self) -> bool {
@@ -303,5 +333,37 @@ impl Env for Place<'_> {
         let late = self.world.sched.rng.skewed(self.world.plan.step * 4);
         let event = Event::Timer { member: self.member.number, page: page.0 };
         self.world.sched.at(at.saturating_add(late), event);
+    }
+
+    fn is_running(&self) -> bool {
+        self.member.is_running()
+    }
+
+    fn fail(&self, peer: Option<MemberId>, cause: Cause) {
+        self.world.fail(self.member, (peer, cause));
+    }
+
+    fn flush(&self, talk: MemberSet, _now: u64) {
+        for peer in talk.iter() {
+            self.world.flushed_soon(self.member.number, peer.0);
+        }
+    }
+
+    fn before(&self, now: u64, event: &Input<PageBuf>) {
+        self.world.note(self.member.number, now, event);
+        self.member.is_busy.set(true);
+        self.member.handling.set(Handling {
+            at: now,
+            is_remote: matches!(event, Input::Message { .. }),
+            is_early: matches!(event, Input::Soften | Input::Yield | Input::Rest { .. }),
+        });
+    }
+
+    fn after(&self, core: &Core<PageBuf>) {
+        self.check_hold(core);
+        self.member.is_busy.set(false);
+        for event in self.member.backlog.borrow_mut().drain(..) {
+            self.world.sched.after(0, event);
+        }
     }
 }

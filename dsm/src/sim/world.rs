@@ -105,7 +105,8 @@ impl World {
             let (outgoing, incoming) = (find(me, other)?, find(other, me)?);
             let reader = FrameReader::with_capacity(Stream(incoming.clone()), 2 * (HEADER_LEN + PAGE_LEN));
             let link = Link::new(MemberId(other), outgoing, 0);
-            (me != other).then_some(Peer { link, reader: RefCell::new(reader), incoming })
+            let reader = RefCell::new(reader);
+            (me != other).then_some(Peer { link, reader, incoming, is_receiving: Cell::default() })
         };
         let core = |me| CoreConfig {
             me: MemberId(me),
@@ -118,7 +119,7 @@ impl World {
         let cores: Vec<CoreConfig> = (0..members).map(core).collect();
         let member = |core: &CoreConfig| {
             let me = core.me.0;
-            Member::new(me, core.clone(), (0..members).map(|other| peer(me, other)).collect())
+            Member::new(me, core, (0..members).map(|other| peer(me, other)).collect())
         };
         let mut world = World {
             members: cores.iter().map(member).collect(),
@@ -245,7 +246,7 @@ impl World {
     fn preload(&self) {
         for page in &self.pages {
             let Some(home) = self.layout.home_of(*page).and_then(|h| self.member(h.0)) else { continue };
-            if self.sched.rng.chance(300) || home.shard.borrow_mut().core.preload(*page, 1) == 0 {
+            if self.sched.rng.chance(300) || home.engine.shard(*page).core.preload(*page, 1) == 0 {
                 continue;
             }
             let words = std::array::from_fn::<u64, { WORDS.len() }, _>(|_| self.sched.rng.below(3));
@@ -329,7 +330,7 @@ impl World {
                 let page = Page(page);
                 self.trace(Some(member.number), Some(page), || "hold time over".into());
                 member.is_keeping.set(true);
-                self.handle(member, false, Input::Timer { page });
+                member.engine.timer(&Place { world: self, member }, self.sched.now(), page);
                 member.is_keeping.set(false);
             }
         }
@@ -387,7 +388,7 @@ impl World {
             member.is_watching.set(false);
             return;
         };
-        self.handle(member, false, Input::Fault { page: fault.page, write: fault.write });
+        member.engine.fault(&Place { world: self, member }, self.sched.now(), fault.page, fault.write);
         let delay = self.delay(member.number, self.plan.step);
         self.sched.after(delay, Event::Faults { member: member.number });
     }
@@ -395,6 +396,9 @@ impl World {
     /// The receive thread of one peer takes the next frame.
     fn receive(&self, member: &Member, from: u16) {
         let Some(peer) = member.peer(from).filter(|_| member.is_running()) else { return };
+        if peer.is_receiving.get() {
+            return self.sched.after(self.plan.step, Event::Receive { member: member.number, from });
+        }
         let mut reader = peer.reader.borrow_mut();
         let blame = Some(MemberId(from));
         let failure = match reader.next(|_| ()) {
@@ -409,9 +413,12 @@ impl World {
                 match header.decode(&self.rules(from), || ()) {
                     Ok(Frame::Page(page, msg)) => {
                         self.trace(Some(member.number), Some(page), || format!("from {from}: {msg:?}"));
-                        let msg = member.shard.borrow_mut().attach(msg, bytes);
+                        let bytes = bytes.to_vec();
                         drop(reader);
-                        self.handle(member, true, Input::Message { from: MemberId(from), page, msg });
+                        peer.is_receiving.set(true);
+                        let (place, now) = (Place { world: self, member }, self.sched.now());
+                        member.engine.message(&place, now, MemberId(from), page, msg, &bytes);
+                        peer.is_receiving.set(false);
                         let delay = self.delay(member.number, self.plan.step);
                         return peer.incoming.resume(self.sched.now() + delay);
                     }
@@ -423,50 +430,21 @@ impl World {
         self.fail(member, (blame, failure));
     }
 
-    /// Gives an event to the node's code, and does what it leaves to do.
-    fn handle(&self, member: &Member, is_remote: bool, input: Input<PageBuf>) {
-        if !member.is_running() {
-            return;
-        }
+    /// A member's core is about to handle an event.
+    pub(super) fn note(&self, member: u16, now: u64, input: &Input<PageBuf>) {
         self.count(|t| t.handled += 1);
-        let now = self.sched.now();
-        member.handling.set((now, is_remote));
-        let place = Place { world: self, member };
+        let kind = match input {
+            Input::Ahead { .. } => Some("ahead"),
+            Input::Yield => Some("yield"),
+            Input::Soften => Some("soften"),
+            Input::Rest { .. } => Some("rest"),
+            _ => None,
+        };
+        if let Some(kind) = kind {
+            self.trace(Some(member), None, || kind.into());
+        }
         if let Some(record) = &self.record {
-            record.borrow_mut().push((member.number, now, input.without_bytes()));
-        }
-        member.is_busy.set(true);
-        let mut after = member.shard.borrow_mut().process(&place, now, input);
-        self.check_hold(member, now);
-        member.is_busy.set(false);
-        for event in member.backlog.borrow_mut().drain(..) {
-            self.sched.after(0, event);
-        }
-        after.wake(&place);
-        if let Some(failure) = after.failure {
-            self.fail(member, failure);
-        }
-        for peer in after.talk.iter() {
-            self.flushed_soon(member.number, peer.0);
-        }
-    }
-
-    /// A page that came from elsewhere stays for its hold time, unless this member asks for more of it itself.
-    fn check_hold(&self, member: &Member, now: u64) {
-        // Ages are known to a microsecond.
-        let least = u64::try_from(self.plan.hold.min.as_nanos()).unwrap_or(0).saturating_sub(2048);
-        for page in member.lost.borrow_mut().drain(..) {
-            let came = member.came.borrow().get(page.0 as usize).copied().flatten();
-            let Some(came) = came else { continue };
-            if now.saturating_sub(came) < least && !member.shard.borrow().core.cache().is_pending(page) {
-                let what = format!(
-                    "member {} gave up page {} after {} ns, before its hold time was over",
-                    member.number,
-                    page.0,
-                    now - came
-                );
-                self.expect(Some(page), Err(what));
-            }
+            record.borrow_mut().push((member, now, input.without_bytes()));
         }
     }
 
@@ -481,7 +459,7 @@ impl World {
     }
 
     /// A member's memory has failed: it must have been meant to, and for that reason.
-    fn fail(&self, member: &Member, failure: Failure) {
+    pub(super) fn fail(&self, member: &Member, failure: Failure) {
         if !member.is_running() {
             return;
         }

@@ -1,0 +1,149 @@
+//! What a member does about a fault, a message or a hold time that is over: which shards it asks, in which order, and what
+//! it does when their locks are let go.
+//!
+//! The pages are dealt out to cores, each with its [`Shard`] behind a lock. Memory commands are carried out under the
+//! lock: a fill and the drop that follows it can't change places. None of them waits for anybody but the kernel. Frames
+//! are only queued under the lock, so that those about a page leave in order, and are written after it is let go.
+//!
+//! No thread, socket or clock: those are behind [`Env`], so the simulation runs this code as it is.
+
+use super::gang::Gang;
+use super::shard::{After, Env, PageBuf, Shard};
+use crate::addr::MemberId;
+use crate::layout::Page;
+use crate::protocol::pages::Share;
+use crate::protocol::{Core, CoreConfig, Event, Msg};
+use crate::stats::ShardStats;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// The cores of a member. Lock order: a shard, then what [`Env`] locks; `gang` is taken alone.
+pub(crate) struct Engine {
+    bits: u32,
+    shards: Vec<Mutex<Shard>>,
+    gang: Mutex<Gang>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Engine {
+    /// `1 << bits` cores like this one, each for its share of the pages.
+    pub(crate) fn new(cfg: &CoreConfig, bits: u32) -> Engine {
+        let shard = |index: u32| {
+            let share = Share::new(index, bits);
+            let token_key = cfg.token_key.wrapping_mul(u64::from(index) * 2 + 1);
+            let stats = ShardStats::new(share, cfg.layout.pages());
+            Mutex::new(Shard::new(Core::new(CoreConfig { share, token_key, ..cfg.clone() }), stats))
+        };
+        Engine { bits, shards: (0..1 << bits).map(shard).collect(), gang: Mutex::default() }
+    }
+
+    /// The shard that has a page.
+    pub(crate) fn shard(&self, page: Page) -> MutexGuard<'_, Shard> {
+        let index = Share::index_of(page, self.bits) as usize;
+        lock(&self.shards[index % self.shards.len()])
+    }
+
+    /// All shards, one after the other.
+    pub(crate) fn shards(&self) -> impl Iterator<Item = MutexGuard<'_, Shard>> {
+        self.shards.iter().map(lock)
+    }
+
+    /// A thread waits for a page. Says whether another member is asked for it.
+    pub(crate) fn fault(&self, env: &impl Env, now: u64, page: Page, write: bool) -> bool {
+        let mut shard = self.shard(page);
+        let mut after = process(&mut shard, env, now, Event::Fault { page, write });
+        let is_remote = shard.core.cache().is_pending(page);
+        let is_contended = shard.core.cache().is_contended(page);
+        drop(shard);
+        if is_remote && is_contended {
+            let companions = lock(&self.gang).call(page);
+            self.ask_ahead(env, companions, now, &mut after);
+        }
+        self.follow_up(env, after, now);
+        is_remote
+    }
+
+    fn ask_ahead(&self, env: &impl Env, pages: Vec<Page>, now: u64, after: &mut After) {
+        for page in pages {
+            after.add(process(&mut self.shard(page), env, now, Event::Ahead { page }));
+        }
+    }
+
+    /// See [`super::DsmHandle::soften`].
+    pub(crate) fn soften(&self, env: &impl Env, now: u64) {
+        for mut shard in self.shards() {
+            let after = process(&mut shard, env, now, Event::Soften);
+            drop(shard);
+            self.follow_up(env, after, now);
+        }
+    }
+
+    /// See [`super::DsmHandle::rest`].
+    pub(crate) fn rest(&self, env: &impl Env, now: u64, resting: bool) {
+        for mut shard in self.shards() {
+            let after = process(&mut shard, env, now, Event::Rest { resting });
+            drop(shard);
+            self.follow_up(env, after, now);
+        }
+    }
+
+    /// A message has come. `bytes` is its page, if it has one.
+    pub(crate) fn message(
+        &self,
+        env: &impl Env,
+        now: u64,
+        from: MemberId,
+        page: Page,
+        msg: Msg<()>,
+        bytes: &[u8],
+    ) {
+        let mut shard = self.shard(page);
+        let msg = shard.attach(msg, bytes);
+        let after = process(&mut shard, env, now, Event::Message { from, page, msg });
+        drop(shard);
+        self.follow_up(env, after, now);
+    }
+
+    /// A hold time has run out.
+    pub(crate) fn timer(&self, env: &impl Env, now: u64, page: Page) {
+        let mut after = process(&mut self.shard(page), env, now, Event::Timer { page });
+        if !after.lost.is_empty() {
+            for mut shard in self.shards() {
+                after.add(process(&mut shard, env, now, Event::Yield));
+            }
+        }
+        self.follow_up(env, after, now);
+    }
+
+    /// What is left to do without a lock.
+    fn follow_up(&self, env: &impl Env, mut after: After, now: u64) {
+        let woken = after.wake;
+        after.wake(env.kernel());
+        if woken.is_some() || !after.lost.is_empty() {
+            let mut gang = lock(&self.gang);
+            if let Some(page) = woken {
+                gang.came(page);
+            }
+            let missed = std::mem::take(&mut after.lost).into_iter().filter_map(|p| gang.lost(p)).collect();
+            drop(gang);
+            self.ask_ahead(env, missed, now, &mut after);
+        }
+        if let Some((peer, cause)) = after.failure {
+            env.fail(peer, cause);
+        }
+        env.flush(after.talk, now);
+    }
+}
+
+/// Gives an event to a core and carries out what it commands, unless the member has stopped.
+fn process(shard: &mut Shard, env: &impl Env, now: u64, event: Event<PageBuf>) -> After {
+    if !env.is_running() {
+        return After::default();
+    }
+    env.before(now, &event);
+    let after = shard.process(env, now, event);
+    env.after(&shard.core);
+    after
+}
