@@ -211,35 +211,56 @@ impl<D> Cache<D> {
         fx: &mut Effects<D>,
     ) {
         self.soft_until = now.saturating_add(self.hold.soft());
-        self.yield_contended(home_of, fx);
+        self.yield_contended(now, home_of, fx);
     }
 
     /// Lets go of all contended pages that somebody waits for.
     pub(super) fn yield_contended(
         &mut self,
+        now: u64,
         home_of: impl Fn(Page) -> Option<MemberId>,
         fx: &mut Effects<D>,
     ) {
         let pages: Vec<Page> = self.deferred.keys().copied().filter(|p| self.is_contended(*p)).collect();
         for page in pages {
-            if let (Some(home), Some(deferred)) = (home_of(page), self.deferred.remove(&page)) {
-                self.serve(page, deferred.demand, home, fx);
+            self.shorten(now, page, &home_of, fx);
+        }
+    }
+
+    /// Ends a hold early, but not before the shortest one is over: the instruction that the page came for needs it.
+    fn shorten(
+        &mut self,
+        now: u64,
+        page: Page,
+        home_of: &impl Fn(Page) -> Option<MemberId>,
+        fx: &mut Effects<D>,
+    ) {
+        let age = self.age(now, page).unwrap_or(u64::MAX);
+        let least = self.hold.time(0);
+        let Some(deferred) = self.deferred.get_mut(&page) else { return };
+        if age < least {
+            let until = now.saturating_add(least - age);
+            if until < deferred.until {
+                deferred.until = until;
+                fx.push(Command::Timer { page, at: until });
             }
+        } else if let (Some(home), Some(deferred)) = (home_of(page), self.deferred.remove(&page)) {
+            self.serve(page, deferred.demand, home, fx);
         }
     }
 
     /// Remembers whether anybody here uses the memory, and lets go of what was held if not.
     pub(super) fn rest(
         &mut self,
+        now: u64,
         resting: bool,
         home_of: impl Fn(Page) -> Option<MemberId>,
         fx: &mut Effects<D>,
     ) {
         self.resting = resting;
-        while let Some((page, deferred)) = if resting { self.deferred.pop_first() } else { None } {
-            if let Some(home) = home_of(page) {
-                self.serve(page, deferred.demand, home, fx);
-            }
+        let held: Vec<Page> = if resting { self.deferred.keys().copied().collect() } else { Vec::new() };
+        for page in held {
+            self.shorten(now, page, &home_of, fx);
         }
     }
 

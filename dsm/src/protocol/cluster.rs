@@ -4,6 +4,7 @@
 use super::{Command, Contents, Core, CoreConfig, Event, Msg, Right, Violation};
 use crate::addr::{HomeRange, MemberId};
 use crate::layout::{Layout, Page};
+use crate::protocol::cache::State;
 use crate::protocol::hold::HoldConfig;
 use crate::protocol::pages::Share;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -134,6 +135,9 @@ impl Cluster {
     }
 
     fn handle(&mut self, member: u16, now: u64, event: Event<u8>) {
+        if self.wrong.is_some() {
+            return;
+        }
         let mut out = Vec::new();
         let core = &mut self.cores[usize::from(member)];
         if let Err(violation) = core.handle(now, event, &mut out) {
@@ -209,6 +213,8 @@ impl Cluster {
         for waiter in woken {
             if self.has(member, page, waiter.2) {
                 self.waiting.remove(&waiter);
+            } else if self.cores[usize::from(member)].cache().state(page) == State::Modified {
+                return self.memory_error("the core takes a page for writable that is not");
             } else {
                 self.handle(member, NOW, Event::Fault { page, write: waiter.2 });
             }

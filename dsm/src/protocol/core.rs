@@ -235,7 +235,7 @@ impl<D> Core<D> {
             }
             Event::Rest { resting } => {
                 let layout = &self.layout;
-                self.cache.rest(resting, |page| layout.home_of(page), &mut self.fx);
+                self.cache.rest(now, resting, |page| layout.home_of(page), &mut self.fx);
             }
             Event::Soften => {
                 let layout = &self.layout;
@@ -243,7 +243,7 @@ impl<D> Core<D> {
             }
             Event::Yield => {
                 let layout = &self.layout;
-                self.cache.yield_contended(|page| layout.home_of(page), &mut self.fx);
+                self.cache.yield_contended(now, |page| layout.home_of(page), &mut self.fx);
             }
             Event::Timer { page } => {
                 let Some(home) = self.home(page) else { return Ok(()) };

@@ -39,8 +39,6 @@ pub(super) struct Peer {
 struct Handling {
     at: u64,
     is_remote: bool,
-    /// Whether it ends holds before their time.
-    is_early: bool,
 }
 
 /// A member.
@@ -115,7 +113,7 @@ impl Member {
     }
 
     fn set_came(&self, page: Page) {
-        let Handling { at, is_remote, .. } = self.handling.get();
+        let Handling { at, is_remote } = self.handling.get();
         if let Some(came) = self.came.borrow_mut().get_mut(page.0 as usize) {
             *came = is_remote.then_some(at);
         }
@@ -144,12 +142,12 @@ impl Place<'_> {
 
     /// A page that came from elsewhere stays for its hold time, unless this member asks for more of it itself.
     fn check_hold(&self, core: &Core<PageBuf>) {
-        let Handling { at: now, is_early, .. } = self.member.handling.get();
+        let Handling { at: now, .. } = self.member.handling.get();
         // Ages are known to a microsecond.
         let least = u64::try_from(self.world.plan.hold.min.as_nanos()).unwrap_or(0).saturating_sub(2048);
         for page in self.member.lost.borrow_mut().drain(..) {
             let came = self.member.came.borrow().get(page.0 as usize).copied().flatten();
-            let Some(came) = came.filter(|_| !is_early) else { continue };
+            let Some(came) = came else { continue };
             if now.saturating_sub(came) < least && !core.cache().is_pending(page) {
                 let what = format!(
                     "member {} gave up page {} after {} ns, before its hold time was over",
@@ -352,11 +350,7 @@ impl Env for Place<'_> {
     fn before(&self, now: u64, event: &Input<PageBuf>) {
         self.world.note(self.member.number, now, event);
         self.member.is_busy.set(true);
-        self.member.handling.set(Handling {
-            at: now,
-            is_remote: matches!(event, Input::Message { .. }),
-            is_early: matches!(event, Input::Soften | Input::Yield | Input::Rest { .. }),
-        });
+        self.member.handling.set(Handling { at: now, is_remote: matches!(event, Input::Message { .. }) });
     }
 
     fn after(&self, core: &Core<PageBuf>) {

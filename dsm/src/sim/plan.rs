@@ -201,6 +201,9 @@ fn taste(rng: &Rng) -> Taste {
         clears: [0, 0, 20, 100][rng.index(4)],
         crowding: [0, 300, 900][rng.index(3)],
         think,
+        rests: [0, 0, 100, 500][rng.index(4)],
+        longest_rest: [30 * US, MS][rng.index(2)],
+        softens: [0, 0, 100][rng.index(3)],
     }
 }
 

@@ -71,6 +71,12 @@ pub struct SimTally {
     pub again: u64,
     /// Sockets that were full.
     pub full: u64,
+    /// Pages asked for along with one that was missed.
+    pub aheads: u64,
+    /// Times that contended pages were let go together.
+    pub yields: u64,
+    /// Times that a member rested or was about to wait for another.
+    pub rests: u64,
     /// Runs in which a member crashed, a connection broke or a forged frame was sent.
     pub fatal: u64,
 }
@@ -86,6 +92,9 @@ impl SimTally {
         self.exists += t.exists;
         self.again += t.again;
         self.full += t.full;
+        self.aheads += t.aheads;
+        self.yields += t.yields;
+        self.rests += t.rests;
         self.fatal += u64::from(is_fatal);
     }
 }

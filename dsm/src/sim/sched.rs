@@ -18,6 +18,10 @@ pub(super) enum Event {
     Flush { member: u16, to: u16 },
     /// The keeper: a hold time has run out.
     Timer { member: u16, page: u32 },
+    /// A thread of the workload begins or ends to rest: the node is told whether all of them do.
+    Rest { member: u16 },
+    /// A thread of the workload is about to wait for another member.
+    Soften { member: u16 },
     /// The world does the n-th thing of its plan.
     Chaos(usize),
     /// Everybody who waits is looked at.
@@ -31,7 +35,9 @@ impl Event {
             | Event::Faults { member }
             | Event::Receive { member, .. }
             | Event::Flush { member, .. }
-            | Event::Timer { member, .. } => Some(member),
+            | Event::Timer { member, .. }
+            | Event::Rest { member }
+            | Event::Soften { member } => Some(member),
             Event::Chaos(_) | Event::Watch => None,
         }
     }

@@ -9,7 +9,10 @@ fn a_few_hundred_seeds_are_clean() {
     println!("{:?}, {:.1} s", report.tally, report.seconds);
     assert!(report.is_clean());
     let t = report.tally;
-    let rare = [t.accesses, t.faults, t.frames, t.holds, t.pauses, t.exists, t.again, t.full, t.fatal];
+    let rare = [
+        t.accesses, t.faults, t.frames, t.holds, t.pauses, t.exists, t.again, t.full, t.fatal, t.aheads,
+        t.yields, t.rests,
+    ];
     assert!(rare.iter().all(|n| *n > 0), "something never happened: {t:?}");
 }
 

@@ -30,6 +30,12 @@ pub(super) struct Taste {
     pub(super) crowding: u64,
     /// Longest time between two accesses, in nanoseconds.
     pub(super) think: u64,
+    /// Accesses after which a thread rests for a while, as a vCPU in HLT does.
+    pub(super) rests: u64,
+    /// Longest rest, in nanoseconds.
+    pub(super) longest_rest: u64,
+    /// Accesses after which a thread begins to wait for another member, as the sender of an IPI does.
+    pub(super) softens: u64,
 }
 
 /// A thread of a member.
@@ -41,11 +47,13 @@ pub(super) struct Thread {
     pub(super) waits: Option<u64>,
     /// Faults that the current access has taken.
     pub(super) tries: u32,
+    /// Whether it rests.
+    pub(super) rests: bool,
 }
 
 impl Thread {
     pub(super) fn new(left: u32) -> Thread {
-        Thread { left, ops: VecDeque::new(), waits: None, tries: 0 }
+        Thread { left, ops: VecDeque::new(), waits: None, tries: 0, rests: false }
     }
 
     /// The access that it is at, or `None` if it is done.

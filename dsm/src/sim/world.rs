@@ -11,6 +11,7 @@ use super::plan::{MS, Plan};
 use super::sched::{Event, Sched};
 use super::trace::Trace;
 use super::truth::{Truth, WORDS};
+use super::workload::Thread;
 use crate::addr::{Epoch, MemberId};
 use crate::layout::{Layout, Page};
 use crate::node::Cause;
@@ -42,6 +43,9 @@ pub(super) struct Tally {
     pub(super) again: u64,
     pub(super) full: u64,
     pub(super) handled: u64,
+    pub(super) aheads: u64,
+    pub(super) yields: u64,
+    pub(super) rests: u64,
     /// Accesses that had to wait, and how long all of them together, in nanoseconds.
     pub(super) waits: u64,
     pub(super) waited: u64,
@@ -193,7 +197,7 @@ impl World {
             self.preload();
         }
         for member in &self.members {
-            let threads = (0..self.plan.threads).map(|_| super::workload::Thread::new(self.plan.ops));
+            let threads = (0..self.plan.threads).map(|_| Thread::new(self.plan.ops));
             member.threads.borrow_mut().extend(threads);
             for thread in 0..self.plan.threads {
                 self.thread_soon(member.number, thread);
@@ -325,6 +329,11 @@ impl World {
             Event::Faults { .. } => self.faults(member),
             Event::Receive { from, .. } => self.receive(member, from),
             // The keeper is one thread; the next timer waits for it.
+            Event::Rest { .. } => {
+                let resting = member.threads.borrow().iter().all(|t| t.rests || t.is_done());
+                member.engine.rest(&Place { world: self, member }, self.sched.now(), resting);
+            }
+            Event::Soften { .. } => member.engine.soften(&Place { world: self, member }, self.sched.now()),
             Event::Timer { .. } if member.is_keeping.get() => self.sched.after(self.plan.step, event),
             Event::Timer { page, .. } => {
                 let page = Page(page);
@@ -340,6 +349,9 @@ impl World {
     fn step(&self, member: &Member, number: u16) {
         let mut threads = member.threads.borrow_mut();
         let Some(thread) = threads.get_mut(usize::from(number)) else { return };
+        if std::mem::take(&mut thread.rests) {
+            self.sched.after(0, Event::Rest { member: member.number });
+        }
         let unique = self.unique.get();
         self.unique.set(unique + 1);
         let rng = &self.sched.rng;
@@ -358,10 +370,7 @@ impl World {
                 t.waited += waited.unwrap_or(0);
             });
             thread.advance();
-            if !thread.is_done() {
-                let delay = self.delay(member.number, self.plan.taste.think);
-                self.sched.after(delay, Event::Step { member: member.number, thread: number });
-            }
+            self.after_access(member.number, thread, number);
         } else {
             thread.waits.get_or_insert(self.sched.now());
             thread.tries += 1;
@@ -374,6 +383,22 @@ impl World {
                 let delay = self.delay(member.number, self.plan.step);
                 self.sched.after(delay, Event::Faults { member: member.number });
             }
+        }
+    }
+
+    /// A thread thinks about its next access, or rests.
+    fn after_access(&self, member: u16, thread: &mut Thread, number: u16) {
+        let (taste, rng) = (&self.plan.taste, &self.sched.rng);
+        if taste.softens > 0 && rng.chance(taste.softens) {
+            self.sched.after(0, Event::Soften { member });
+        }
+        thread.rests = taste.rests > 0 && rng.chance(taste.rests);
+        if thread.rests || thread.is_done() {
+            self.sched.after(0, Event::Rest { member });
+        }
+        if !thread.is_done() {
+            let longest = if thread.rests { taste.longest_rest } else { taste.think };
+            self.sched.after(self.delay(member, longest), Event::Step { member, thread: number });
         }
     }
 
@@ -443,6 +468,12 @@ impl World {
         if let Some(kind) = kind {
             self.trace(Some(member), None, || kind.into());
         }
+        self.count(|t| match input {
+            Input::Ahead { .. } => t.aheads += 1,
+            Input::Yield => t.yields += 1,
+            Input::Soften | Input::Rest { resting: true } => t.rests += 1,
+            _ => {}
+        });
         if let Some(record) = &self.record {
             record.borrow_mut().push((member, now, input.without_bytes()));
         }

@@ -100,6 +100,9 @@ fn print(report: &SimReport) {
         ("EEXIST", t.exists),
         ("EAGAIN", t.again),
         ("full sockets", t.full),
+        ("pages asked for along", t.aheads),
+        ("yields", t.yields),
+        ("rests", t.rests),
         ("runs with a crash, a cut or a forged frame", t.fatal),
     ];
     output::line(&output::table(
