@@ -22,6 +22,9 @@ BUDGET = 25 * 60
 """Seconds for everything on two cores, a build from nothing included."""
 LAB_BUDGET = 20
 """Seconds for ssicheck in the lab."""
+SIM_SEEDS = 10000
+SIM_BUDGET = 2 * 60
+"""Seconds for the simulation's seeds."""
 BARE_TESTS = "counter pages private touch litmus tsc ipi ipimodes timer".split()
 BARE_GUESTS = [(2, 2), (3, 4)]
 """Members and CPUs of the bare-metal guests."""
@@ -76,6 +79,16 @@ def _unit(left):
         call(["cargo", "nextest", "run", "--workspace", "--locked", "--no-fail-fast"], min(left, 1200), "cargo nextest")
     else:
         call(["cargo", "test", "--workspace", "--locked", "--no-fail-fast"], min(left, 1200), "cargo test")
+
+
+def _sim(left):
+    binary = images.build_static("spanvm") / "spanvm"
+    call([binary, "sim", "--seeds", SIM_SEEDS], min(left, SIM_BUDGET), f"spanvm sim --seeds {SIM_SEEDS}")
+
+
+def _seeded(left):
+    call(["cargo", "test", "--locked", "-p", "spanvm-dsm", "--features", "seeded-faults", "--lib", "seeded"], min(left, 600),
+         "cargo test of the seeded faults")
 
 
 def _deny(left):
@@ -161,6 +174,8 @@ STEPS = [
     Step("clippy", "cargo clippy, warnings are errors", _clippy),
     Step("deny", "licences and sources of dependencies", _deny),
     Step("unit", "cargo tests of the workspace", _unit),
+    Step("sim", "the page engine in simulated clusters, 10000 seeds", _sim),
+    Step("seeded", "bugs put in on purpose: the model and the simulation must notice each", _seeded),
     Step("bare-build", "build the bare-metal guest", _bare_build),
     Step("bare", "bare-metal guest with two members on /dev/kvm", _bare_run),
     Step("lab", "a virtual host, Linux guest with two CPUs in it, ssicheck", _lab),
