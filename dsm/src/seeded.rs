@@ -39,19 +39,21 @@ pub enum SeededFault {
     DoneByAnyone,
     /// A hold time never runs out.
     EndlessHold,
+    /// An evicted copy is dropped without a word to its home.
+    SilentEviction,
     /// A page is given up at once, however short it was here.
     NoHold,
 }
 
 use SeededFault::{
     AckBeforeDrop, BrokenFifo, CopyThenProtect, DoneByAnyone, EarlyNext, EndlessHold, ForgottenWake,
-    HalfCopy, KeptCopy, LostInvalidation, NoHold, ReadBeforeProtect, StaleEpoch, UpgradeSkipsSharer,
-    WriteBeforeAcks, ZeroGrant,
+    HalfCopy, KeptCopy, LostInvalidation, NoHold, ReadBeforeProtect, SilentEviction, StaleEpoch,
+    UpgradeSkipsSharer, WriteBeforeAcks, ZeroGrant,
 };
 
 impl SeededFault {
     /// All of them.
-    pub const ALL: [SeededFault; 16] = [
+    pub const ALL: [SeededFault; 17] = [
         LostInvalidation,
         KeptCopy,
         UpgradeSkipsSharer,
@@ -68,6 +70,7 @@ impl SeededFault {
         DoneByAnyone,
         EndlessHold,
         NoHold,
+        SilentEviction,
     ];
 
     /// Its name on command lines and in tables.
@@ -89,6 +92,7 @@ impl SeededFault {
             DoneByAnyone => "done-by-anyone",
             EndlessHold => "endless-hold",
             NoHold => "no-hold",
+            SilentEviction => "silent-eviction",
         }
     }
 
@@ -110,6 +114,7 @@ impl SeededFault {
             StaleEpoch => "a frame of another epoch is accepted",
             DoneByAnyone => "anybody may end a transaction",
             EndlessHold => "a hold time never runs out",
+            SilentEviction => "an evicted copy is dropped without a word to its home",
             NoHold => "the hold time is not honoured",
         }
     }

@@ -231,6 +231,8 @@ impl Shard {
             Msg::Forward { requester, terms, data } => Msg::Forward { requester, terms, data },
             Msg::Invalidate { requester, token } => Msg::Invalidate { requester, token },
             Msg::InvAck { token } => Msg::InvAck { token },
+            Msg::Put { token } => Msg::Put { token },
+            Msg::Release { token } => Msg::Release { token },
             Msg::Done { token } => Msg::Done { token },
         }
     }

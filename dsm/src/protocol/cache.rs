@@ -198,6 +198,44 @@ impl<D> Cache<D> {
         }
     }
 
+    /// Asks the home to take a page back, or to forget this copy, unless something is under way here.
+    pub(super) fn evict(&mut self, page: Page, home: MemberId, fx: &mut Effects<D>) {
+        let has_place = match self.state(page) {
+            State::Invalid => false,
+            State::Shared => true,
+            State::Modified => home != self.me,
+        };
+        if !has_place || self.is_pending(page) || self.deferred.contains_key(&page) {
+            return;
+        }
+        if self.state(page) == State::Shared && is_on(SeededFault::SilentEviction) {
+            fx.push(Command::Drop { page });
+            return self.set(page, State::Invalid);
+        }
+        let token = self.next_token();
+        fx.send(home, page, Msg::Put { token });
+    }
+
+    /// The home has found another sharer to answer for the page: this copy may go.
+    pub(super) fn release(
+        &mut self,
+        page: Page,
+        token: Token,
+        home: MemberId,
+        fx: &mut Effects<D>,
+    ) -> Result<(), Rule> {
+        if self.state(page) != State::Shared {
+            return Err("released a copy that is not here");
+        }
+        if self.deferred.contains_key(&page) {
+            return Err("started a transaction before the one in front of it had ended");
+        }
+        fx.push(Command::Drop { page });
+        self.set(page, State::Invalid);
+        fx.send(home, page, Msg::Done { token });
+        Ok(())
+    }
+
     /// Whether others ask for the page again and again right after it came.
     pub fn is_contended(&self, page: Page) -> bool {
         self.hold.is_contended(self.level(page))

@@ -8,6 +8,7 @@ use crate::protocol::cache::State;
 use crate::protocol::hold::HoldConfig;
 use crate::protocol::pages::Share;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -31,6 +32,22 @@ pub(super) enum Wrong {
     Memory(&'static str),
 }
 
+/// A number that is no part of the state: clusters that differ in it alone are the same.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Aside(pub(super) u32);
+
+impl PartialEq for Aside {
+    fn eq(&self, _: &Aside) -> bool {
+        true
+    }
+}
+
+impl Eq for Aside {}
+
+impl Hash for Aside {
+    fn hash<H: Hasher>(&self, _: &mut H) {}
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Cluster {
     pub(super) cores: Vec<Core<u8>>,
@@ -44,7 +61,9 @@ pub(super) struct Cluster {
     pub(super) newest: Vec<u8>,
     pub(super) wrong: Option<Wrong>,
     /// Pages sent with their bytes, for tests that count.
-    pub(super) transfers: u32,
+    pub(super) transfers: Aside,
+    /// The member that has crashed.
+    pub(super) crashed: Option<u16>,
 }
 
 pub(super) fn layout(homes: &[u16]) -> Layout {
@@ -80,12 +99,18 @@ impl Cluster {
             waiting: BTreeSet::new(),
             newest: vec![0; homes.len()],
             wrong: None,
-            transfers: 0,
+            transfers: Aside::default(),
+            crashed: None,
         }
     }
 
     pub(super) fn has(&self, member: u16, page: Page, write: bool) -> bool {
         self.memory[usize::from(member)].get(&page).is_some_and(|c| c.writable || !write)
+    }
+
+    /// Number of pages that a member has.
+    pub(super) fn copies(&self, member: u16) -> usize {
+        self.memory[usize::from(member)].len()
     }
 
     /// A thread touches a page; it waits if it has to.
@@ -105,6 +130,20 @@ impl Cluster {
             Some(copy) if copy.writable => copy.value = value,
             _ => self.memory_error("wrote without the right to"),
         }
+    }
+
+    /// A member would like to be rid of a page.
+    pub(super) fn evict(&mut self, member: u16, page: Page) {
+        self.handle(member, NOW, Event::Evict { page });
+    }
+
+    /// A member dies with everything it has; what it sent and nobody has read is lost.
+    pub(super) fn crash(&mut self, member: u16) {
+        self.crashed = Some(member);
+        self.memory[usize::from(member)].clear();
+        self.network.retain(|(from, to), _| *from != member && *to != member);
+        self.timers.retain(|(at, _), _| *at != member);
+        self.waiting.retain(|(at, _, _)| *at != member);
     }
 
     /// Delivers the oldest message of a line.
@@ -131,6 +170,9 @@ impl Cluster {
     }
 
     fn send(&mut self, from: u16, to: MemberId, page: Page, msg: Msg<u8>) {
+        if self.crashed == Some(to.0) {
+            return;
+        }
         self.network.entry((from, to.0)).or_default().push_back((page, msg));
     }
 
@@ -165,7 +207,7 @@ impl Cluster {
                 if drop {
                     memory.remove(&page);
                 }
-                self.transfers += u32::from(value != 0);
+                self.transfers.0 += u32::from(value != 0);
                 let contents = if value == 0 { Contents::Zero } else { Contents::Bytes(value) };
                 self.send(member, to, page, Msg::Grant { terms, contents });
             }
@@ -238,8 +280,12 @@ impl Cluster {
         Ok(())
     }
 
-    /// Whether nothing can happen any more though somebody waits.
+    /// Whether nothing can happen any more though somebody waits. Who waits for a member that has crashed is not told
+    /// here: noticing is up to the connections.
     pub(super) fn is_stuck(&self) -> bool {
-        self.network.is_empty() && self.timers.is_empty() && !self.waiting.is_empty()
+        self.crashed.is_none()
+            && self.network.is_empty()
+            && self.timers.is_empty()
+            && !self.waiting.is_empty()
     }
 }

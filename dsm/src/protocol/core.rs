@@ -36,6 +36,12 @@ pub enum Event<D> {
     Soften,
     /// This member has just lost a contended page whose hold was over: the others are of no use without it.
     Yield,
+    /// This member wants its memory back: the page is to go to its home, or the copy to be dropped. A wish: a page that
+    /// is under way, or that has nowhere to go, stays.
+    Evict {
+        /// The page.
+        page: Page,
+    },
     /// A message arrived.
     Message {
         /// Its sender.
@@ -60,6 +66,7 @@ impl<D> Event<D> {
             Event::Ahead { page } => Event::Ahead { page: *page },
             Event::Rest { resting } => Event::Rest { resting: *resting },
             Event::Soften => Event::Soften,
+            Event::Evict { page } => Event::Evict { page: *page },
             Event::Yield => Event::Yield,
             Event::Message { from, page, msg } => {
                 Event::Message { from: *from, page: *page, msg: msg.without_bytes() }
@@ -245,6 +252,10 @@ impl<D> Core<D> {
                 let layout = &self.layout;
                 self.cache.yield_contended(now, |page| layout.home_of(page), &mut self.fx);
             }
+            Event::Evict { page } => {
+                let Some(home) = self.home(page) else { return Ok(()) };
+                self.cache.evict(page, home, &mut self.fx);
+            }
             Event::Timer { page } => {
                 let Some(home) = self.home(page) else { return Ok(()) };
                 self.cache.timer(now, page, home, &mut self.fx);
@@ -268,10 +279,10 @@ impl<D> Core<D> {
         let home = self.home(page).ok_or(blame("spoke of a page that is not there"))?;
         let fx = &mut self.fx;
         let result = match msg {
-            Msg::Get { .. } | Msg::Done { .. } if home != self.me => {
+            Msg::Get { .. } | Msg::Done { .. } | Msg::Put { .. } if home != self.me => {
                 Err("took this member for the home of the page")
             }
-            Msg::Forward { .. } | Msg::Invalidate { .. } if home != from => {
+            Msg::Forward { .. } | Msg::Invalidate { .. } | Msg::Release { .. } if home != from => {
                 Err("spoke for a home that it is not")
             }
             Msg::Get { write, token } => {
@@ -280,6 +291,14 @@ impl<D> Core<D> {
             Msg::Done { token } => {
                 return self.directory.done(page, from, token, fx).map_err(|b| b.on(page));
             }
+            Msg::Put { token } => {
+                if self.directory.put(page, from, token, fx) {
+                    // The last copy comes home as any page does.
+                    self.cache.ahead(now, page, home, fx);
+                }
+                Ok(())
+            }
+            Msg::Release { token } => self.cache.release(page, token, home, fx),
             Msg::Forward { requester, terms, data } => {
                 self.cache.demand(now, page, Demand::Give { requester, terms, data }, home, fx)
             }

@@ -77,7 +77,8 @@ struct Busy {
     token: Token,
     /// Whose `Done` ends it: the requester, or this member when it answers alone.
     closer: MemberId,
-    requester: MemberId,
+    /// Who must not ask again before it has its answer; nobody if it did not ask.
+    requester: Option<MemberId>,
     queue: VecDeque<Request>,
 }
 
@@ -122,13 +123,39 @@ impl Directory {
     ) -> Result<(), Blame> {
         let request = Request { from, write, token };
         if let Some(busy) = self.busy.get_mut(&page) {
-            if busy.requester == from || busy.queue.iter().any(|r| r.from == from) {
+            if busy.requester == Some(from) || busy.queue.iter().any(|r| r.from == from) {
                 return Err(Blame { who: from, rule: "asked again before it had its answer" });
             }
             busy.queue.push_back(request);
             return Ok(());
         }
         self.start(page, request, VecDeque::new(), fx)
+    }
+
+    /// A holder would like to be rid of a page. Says whether this member is to ask for it: it is the last copy. One copy
+    /// of several is let go in a transaction of its own. If another transaction is under way nothing happens.
+    pub(super) fn put<D>(&mut self, page: Page, from: MemberId, token: Token, fx: &mut Effects<D>) -> bool {
+        if self.is_busy(page) {
+            return false;
+        }
+        match self.holders(page) {
+            Holders::Modified { owner } => owner == from && from != self.me,
+            Holders::Shared { owner, sharers } if sharers.has(from) => {
+                let others = sharers.without(from);
+                let Some(first) = others.iter().next() else { return from != self.me };
+                let owner = match owner {
+                    owner if owner != from => owner,
+                    _ if others.has(self.me) => self.me,
+                    _ => first,
+                };
+                self.set(page, Holders::Shared { owner, sharers: others });
+                fx.send(from, page, Msg::Release { token });
+                let busy = Busy { token, closer: from, requester: None, queue: VecDeque::new() };
+                self.busy.insert(page, busy);
+                false
+            }
+            _ => false,
+        }
     }
 
     /// A transaction has ended; the next in line begins.
@@ -168,7 +195,7 @@ impl Directory {
                 self.transact(page, request, fx).map_err(|rule| Blame { who: requester, rule })?
                 && !is_on(SeededFault::EarlyNext)
             {
-                self.busy.insert(page, Busy { token, closer, requester, queue });
+                self.busy.insert(page, Busy { token, closer, requester: Some(requester), queue });
                 return Ok(());
             }
             next = queue.pop_front();

@@ -121,7 +121,17 @@ pub enum Msg<D> {
         /// The requester's number.
         token: Token,
     },
-    /// Requester to home: I have it; go on with the next request.
+    /// Holder to home: I would like to be rid of the page. A hint: if something else is under way, nothing happens.
+    Put {
+        /// The holder's number for this.
+        token: Token,
+    },
+    /// Home to a sharer that is not the only one: drop your copy and say [`Msg::Done`].
+    Release {
+        /// The holder's number.
+        token: Token,
+    },
+    /// Requester to home: I have it (or have dropped it); go on with the next request.
     Done {
         /// The requester's number.
         token: Token,
@@ -146,6 +156,8 @@ impl<D> Msg<D> {
                 Msg::Grant { terms: *terms, contents }
             }
             Msg::InvAck { token } => Msg::InvAck { token: *token },
+            Msg::Put { token } => Msg::Put { token: *token },
+            Msg::Release { token } => Msg::Release { token: *token },
             Msg::Done { token } => Msg::Done { token: *token },
         }
     }

@@ -1,4 +1,11 @@
-//! Exhaustive check: three members and one page, every interleaving of faults, writes, deliveries and hold times.
+//! Exhaustive check: three members, one page or two, every interleaving of faults, writes, evictions, deliveries and
+//! hold times, with and without a member that crashes.
+//!
+//! The tests that run every time take seconds. The larger ones are for an idle machine:
+//!
+//! ```text
+//! cargo test --release -p spanvm-dsm --lib model -- --ignored --nocapture --test-threads 1
+//! ```
 
 #[cfg(feature = "seeded-faults")]
 pub(super) mod seeded;
@@ -7,77 +14,126 @@ use super::cluster::Cluster;
 use crate::layout::Page;
 use stateright::{Checker, Model, Property};
 
-const PAGE: Page = Page(0);
-
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct State {
     cluster: Cluster,
     faults: Vec<u8>,
     stores: Vec<u8>,
+    evictions: u8,
+    has_evicted: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Action {
-    Fault { member: u16, write: bool },
-    Store { member: u16 },
+    Fault { member: u16, page: Page, write: bool },
+    Store { member: u16, page: Page },
+    Evict { member: u16, page: Page },
     Deliver { from: u16, to: u16 },
-    Fire { member: u16 },
+    Fire { member: u16, page: Page },
+    Crash { member: u16 },
 }
 
-struct OnePage {
+/// What is checked. The numbers bound what the members do, not how it interleaves.
+#[derive(Clone, Debug)]
+struct Small {
     members: u16,
-    faults: u8,
+    /// Home of every page.
+    homes: &'static [u16],
+    /// Faults of each member.
+    faults: &'static [u8],
+    /// Writes of each member.
     stores: u8,
+    /// Evictions of all members together.
+    evictions: u8,
     hold: bool,
+    crash: bool,
 }
 
-impl Model for OnePage {
+impl Small {
+    const ONE_PAGE: Small = Small {
+        members: 3,
+        homes: &[0],
+        faults: &[2, 2, 2],
+        stores: 1,
+        evictions: 0,
+        hold: false,
+        crash: false,
+    };
+
+    fn pages(&self) -> impl Iterator<Item = Page> {
+        (0u32..).zip(self.homes).map(|(n, _)| Page(n))
+    }
+
+    fn member_actions(&self, state: &State, member: u16, page: Page, actions: &mut Vec<Action>) {
+        let (cluster, at) = (&state.cluster, usize::from(member));
+        for write in [false, true] {
+            let waits = cluster.waiting.contains(&(member, page, write));
+            if state.faults[at] > 0 && !waits && !cluster.has(member, page, write) {
+                actions.push(Action::Fault { member, page, write });
+            }
+        }
+        if state.stores[at] > 0 && cluster.has(member, page, true) {
+            actions.push(Action::Store { member, page });
+        }
+        if state.evictions > 0 && cluster.has(member, page, false) {
+            actions.push(Action::Evict { member, page });
+        }
+    }
+}
+
+impl Model for Small {
     type State = State;
     type Action = Action;
 
     fn init_states(&self) -> Vec<State> {
-        let members = usize::from(self.members);
         vec![State {
-            cluster: Cluster::new(self.members, &[0], self.hold),
-            faults: vec![self.faults; members],
-            stores: vec![self.stores; members],
+            cluster: Cluster::new(self.members, self.homes, self.hold),
+            faults: self.faults.to_vec(),
+            stores: vec![self.stores; usize::from(self.members)],
+            evictions: self.evictions,
+            has_evicted: false,
         }]
     }
 
     fn actions(&self, state: &State, actions: &mut Vec<Action>) {
-        if state.cluster.wrong.is_some() {
+        let cluster = &state.cluster;
+        if cluster.wrong.is_some() {
             return;
         }
-        for member in 0..self.members {
-            let at = usize::from(member);
-            for write in [false, true] {
-                let waits = state.cluster.waiting.contains(&(member, PAGE, write));
-                if state.faults[at] > 0 && !waits && !state.cluster.has(member, PAGE, write) {
-                    actions.push(Action::Fault { member, write });
-                }
-            }
-            if state.stores[at] > 0 && state.cluster.has(member, PAGE, true) {
-                actions.push(Action::Store { member });
+        for member in (0..self.members).filter(|m| cluster.crashed != Some(*m)) {
+            self.pages().for_each(|page| self.member_actions(state, member, page, actions));
+            if self.crash && cluster.crashed.is_none() {
+                actions.push(Action::Crash { member });
             }
         }
-        actions
-            .extend(state.cluster.network.keys().map(|(from, to)| Action::Deliver { from: *from, to: *to }));
-        actions.extend(state.cluster.timers.keys().map(|(member, _)| Action::Fire { member: *member }));
+        actions.extend(cluster.network.keys().map(|(from, to)| Action::Deliver { from: *from, to: *to }));
+        let fire = |(member, page): &(u16, Page)| Action::Fire { member: *member, page: *page };
+        actions.extend(cluster.timers.keys().map(fire));
     }
 
     fn next_state(&self, last: &State, action: Action) -> Option<State> {
         let mut state = last.clone();
+        let cluster = &mut state.cluster;
         match action {
-            Action::Fault { member, write } => {
+            Action::Fault { member, page, write } => {
                 state.faults[usize::from(member)] -= 1;
-                state.cluster.touch(member, PAGE, write);
+                cluster.touch(member, page, write);
             }
-            Action::Store { member } => {
+            Action::Store { member, page } => {
                 state.stores[usize::from(member)] -= 1;
-                state.cluster.store(member, PAGE);
+                cluster.store(member, page);
             }
-            Action::Deliver { from, to } => state.cluster.deliver(from, to),
-            Action::Fire { member } => state.cluster.fire(member, PAGE),
+            Action::Evict { member, page } => {
+                state.evictions -= 1;
+                cluster.evict(member, page);
+            }
+            Action::Deliver { from, to } => {
+                let before = cluster.copies(to);
+                cluster.deliver(from, to);
+                state.has_evicted |= self.evictions > 0 && cluster.copies(to) < before;
+            }
+            Action::Fire { member, page } => cluster.fire(member, page),
+            Action::Crash { member } => cluster.crash(member),
         }
         Some(state)
     }
@@ -89,26 +145,65 @@ impl Model for OnePage {
             }),
             Property::always("every request is answered", |_, s: &State| !s.cluster.is_stuck()),
             // So that the properties above are not true for want of anything happening.
-            Property::sometimes("three copies at once", |_, s: &State| {
-                s.cluster.memory.iter().all(|m| m.contains_key(&PAGE))
+            Property::sometimes("three copies at once", |m: &Small, s: &State| {
+                m.members < 3 || m.pages().any(|page| s.cluster.memory.iter().all(|m| m.contains_key(&page)))
             }),
-            Property::sometimes("three writes", |_, s: &State| s.cluster.newest[0] >= 3),
+            Property::sometimes("as many writes as are allowed", |m: &Small, s: &State| {
+                let all = usize::from(m.stores) * usize::from(m.members);
+                s.cluster.newest.iter().map(|n| usize::from(*n)).sum::<usize>() >= all.min(3)
+            }),
+            Property::sometimes("a copy is gone", |m: &Small, s: &State| m.evictions == 0 || s.has_evicted),
+            Property::sometimes("somebody waits for a member that has crashed", |m: &Small, s: &State| {
+                let c = &s.cluster;
+                !m.crash || (c.crashed.is_some() && c.network.is_empty() && !c.waiting.is_empty())
+            }),
         ]
     }
 }
 
-fn check(model: OnePage) {
+fn check(model: Small) {
+    let what = format!("{model:?}");
+    let start = std::time::Instant::now();
     let checker = model.checker().threads(2).spawn_bfs().join();
-    println!("{} states, depth {}", checker.unique_state_count(), checker.max_depth());
+    let (states, depth) = (checker.unique_state_count(), checker.max_depth());
+    println!("{what}: {states} states, depth {depth}, {:.1} s", start.elapsed().as_secs_f64());
     checker.assert_properties();
 }
 
 #[test]
-fn three_members_one_page() {
-    check(OnePage { members: 3, faults: 2, stores: 1, hold: false });
+fn one_page() {
+    check(Small::ONE_PAGE);
 }
 
 #[test]
-fn three_members_one_page_with_hold_times() {
-    check(OnePage { members: 3, faults: 2, stores: 1, hold: true });
+fn one_page_with_hold_times() {
+    check(Small { hold: true, ..Small::ONE_PAGE });
+}
+
+#[test]
+fn one_page_with_evictions() {
+    check(Small { evictions: 2, faults: &[1, 2, 2], ..Small::ONE_PAGE });
+}
+
+#[test]
+fn one_page_and_a_crash() {
+    check(Small { crash: true, evictions: 1, faults: &[1, 2, 1], ..Small::ONE_PAGE });
+}
+
+#[test]
+fn two_pages() {
+    check(Small { homes: &[0, 1], faults: &[2, 1, 1], evictions: 1, ..Small::ONE_PAGE });
+}
+
+#[test]
+#[ignore = "minutes"]
+fn two_pages_with_everything() {
+    check(Small {
+        homes: &[0, 1],
+        faults: &[2, 2, 1],
+        evictions: 1,
+        hold: true,
+        crash: true,
+        ..Small::ONE_PAGE
+    });
 }

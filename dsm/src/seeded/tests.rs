@@ -20,6 +20,7 @@ fn is_in_protocol(fault: SeededFault) -> bool {
             | F::WriteBeforeAcks
             | F::EarlyNext
             | F::EndlessHold
+            | F::SilentEviction
     )
 }
 

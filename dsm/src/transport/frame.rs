@@ -24,6 +24,8 @@ const INV_ACK: u8 = 5;
 const DONE: u8 = 6;
 const PING: u8 = 7;
 const BYE: u8 = 8;
+const PUT: u8 = 9;
+const RELEASE: u8 = 10;
 
 /// The right asked for or granted is to write.
 const WRITE: u8 = 1;
@@ -162,6 +164,8 @@ impl Header {
             Msg::Invalidate { .. } => Header::new(me, epoch, INVALIDATE),
             Msg::Grant { terms, .. } => Header::new(me, epoch, GRANT).terms(*terms),
             Msg::InvAck { .. } => Header::new(me, epoch, INV_ACK),
+            Msg::Put { .. } => Header::new(me, epoch, PUT),
+            Msg::Release { .. } => Header::new(me, epoch, RELEASE),
             Msg::Done { .. } => Header::new(me, epoch, DONE),
         };
         header.gpa = U64::new(gpa);
@@ -186,7 +190,9 @@ impl Header {
                 }
                 Contents::Keep => {}
             },
-            Msg::InvAck { token } | Msg::Done { token } => header.token = U64::new(token.0),
+            Msg::InvAck { token } | Msg::Put { token } | Msg::Release { token } | Msg::Done { token } => {
+                header.token = U64::new(token.0)
+            }
         }
         header
     }
@@ -219,7 +225,7 @@ impl Header {
             GET => WRITE,
             FORWARD => WRITE | WAITS | DATA,
             GRANT => WRITE | WAITS | DATA | ZERO,
-            INVALIDATE | INV_ACK | DONE | PING | BYE => 0,
+            INVALIDATE | INV_ACK | PUT | RELEASE | DONE | PING | BYE => 0,
             _ => return Err(FrameError::Kind(kind)),
         };
         let contradictory = flags & DATA != 0 && flags & ZERO != 0;
@@ -262,6 +268,8 @@ impl Header {
                 Msg::Grant { terms, contents }
             }
             INV_ACK => Msg::InvAck { token },
+            PUT => Msg::Put { token },
+            RELEASE => Msg::Release { token },
             _ => Msg::Done { token },
         };
         Ok(Frame::Page(page, msg))
@@ -294,6 +302,8 @@ mod tests {
             Msg::Grant { terms, contents: Contents::Keep },
             Msg::Grant { terms: read, contents: Contents::Zero },
             Msg::InvAck { token },
+            Msg::Put { token },
+            Msg::Release { token },
             Msg::Done { token },
         ]
     }

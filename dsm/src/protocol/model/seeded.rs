@@ -1,6 +1,6 @@
 //! The exhaustive check with one seeded fault switched on: does it find the mistake?
 
-use super::{Action, OnePage, State};
+use super::{Action, Small, State};
 use crate::seeded::{SeededFault, switch_on};
 use stateright::{Checker, HasDiscoveries, Model, Property};
 use std::time::Duration;
@@ -9,7 +9,7 @@ use std::time::Duration;
 const LONGEST: Duration = Duration::from_secs(60);
 
 struct Faulty {
-    model: OnePage,
+    model: Small,
     fault: SeededFault,
 }
 
@@ -43,7 +43,9 @@ impl Model for Faulty {
 
 /// What the check finds, with three members, one page and hold times; `None` if it finds nothing.
 pub(crate) fn find(fault: SeededFault) -> Option<String> {
-    let model = OnePage { members: 3, faults: 2, stores: 1, hold: true };
+    // An eviction multiplies the states: only for the fault that needs it.
+    let evictions = u8::from(fault == SeededFault::SilentEviction);
+    let model = Small { hold: evictions == 0, evictions, ..Small::ONE_PAGE };
     let checker = Faulty { model, fault }
         .checker()
         .threads(2)
