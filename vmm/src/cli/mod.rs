@@ -1,4 +1,4 @@
-//! The command line. [`launch`] starts a VM, [`vms`] looks at and ends those that run, [`node`] is a host's
+//! The command line. [`launch`] starts a VM, [`vms`] looks at and ends those that run, [`ops`] changes them, [`node`] is a host's
 //! daemon, [`doctor`] says what a host can do, [`bench`] measures, [`sim`] simulates. [`output`] prints,
 //! [`terminal`] is the user's terminal.
 
@@ -6,6 +6,7 @@ pub mod bench;
 pub mod doctor;
 pub mod launch;
 pub mod node;
+pub mod ops;
 pub mod output;
 pub mod sim;
 pub mod terminal;
@@ -34,6 +35,10 @@ pub enum Command {
     Info(vms::InfoArgs),
     /// Connect to a VM's serial console; Ctrl-] leaves it.
     Console(vms::ConsoleArgs),
+    /// Let a VM stand still: vCPUs, devices and, where the host can, its clock.
+    Pause(ops::PauseArgs),
+    /// Let a paused VM go on.
+    Resume(ops::PauseArgs),
     /// End a VM on all of its hosts.
     Stop(vms::StopArgs),
     /// Serve this host to launchers on other hosts.
@@ -69,6 +74,8 @@ pub fn run(cli: Cli) -> u8 {
             Command::Info(args) => report(vms::info(args).await),
             Command::Console(args) => report(vms::console(args).await),
             Command::Stop(args) => report(vms::stop(args).await),
+            Command::Pause(args) => report(ops::pause(args).await),
+            Command::Resume(args) => report(ops::resume(args).await),
             Command::Node(args) => report(node::run(args).await),
             Command::Doctor(args) => report(doctor::run(args).await),
             Command::Bench(args) => report(bench::run(&args)),

@@ -35,7 +35,11 @@ pub struct PlaceArgs {
 }
 
 impl PlaceArgs {
-    fn place(&self) -> Result<Place, End> {
+    /// The VM's place.
+    ///
+    /// # Errors
+    /// A bad host name, or a secret that can't be read.
+    pub fn place(&self) -> Result<Place, End> {
         let Some(on) = &self.on else { return Ok(Place::Here(rundir::root())) };
         Ok(Place::Node { host: host(on)?, secret: super::node::load(self.secret_file.as_deref())? })
     }

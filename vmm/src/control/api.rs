@@ -6,12 +6,15 @@
 //! | `GET /vm/summary` | [`super::view::VmSummary`] |
 //! | `GET /vm/console?follow=true` | what the serial console has put out; with `follow`, until it closes |
 //! | `POST /vm/console/input` | types the body at the serial console |
+//! | `POST /vm/pause` | stops the guest's vCPUs, devices and clock; body `{"by": "who", "limit_s": 5}` |
+//! | `POST /vm/resume` | lets it go on; same body |
 //! | `POST /vm/stop` | ends the VM; body `{"by": "who", "force": false}` |
 //!
 //! Errors are `{"error": "..."}` with a fitting status. Who can open the socket can do all of it: the folder is
 //! readable by its owner only.
 
 use super::end::End;
+use super::ops::{OpError, Turn, pause};
 use super::shared::Shared;
 use axum::body::{Body, Bytes};
 use axum::extract::{DefaultBodyLimit, Query, State};
@@ -58,6 +61,8 @@ fn router(shared: Arc<Shared>) -> Router {
         .route("/vm/summary", get(summary))
         .route("/vm/console", get(console))
         .route("/vm/console/input", post(input))
+        .route("/vm/pause", post(pause_vm))
+        .route("/vm/resume", post(resume_vm))
         .route("/vm/stop", post(stop))
         .fallback(|| async { Refusal(StatusCode::NOT_FOUND, "no such resource".into()) })
         .layer(DefaultBodyLimit::max(MAX_INPUT))
@@ -97,12 +102,74 @@ pub struct StopBody {
     pub force: bool,
 }
 
+/// Body of `POST /vm/pause` and `POST /vm/resume`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PauseBody {
+    /// Who wants it, for the record.
+    pub by: String,
+    /// Longest time that it may take, seconds, above 0 and at most [`MAX_LIMIT`]; absent: [`pause::LIMIT`].
+    pub limit_s: Option<f64>,
+}
+
+/// Longest limit of an operation that the caller can set, seconds.
+pub const MAX_LIMIT: f64 = 10.0;
+
+impl PauseBody {
+    fn limit(&self) -> Result<Duration, Refusal> {
+        let Some(seconds) = self.limit_s else { return Ok(pause::LIMIT) };
+        if seconds > 0.0 && seconds <= MAX_LIMIT {
+            return Ok(Duration::from_secs_f64(seconds));
+        }
+        Err(Refusal(StatusCode::BAD_REQUEST, format!("limit_s is {seconds}: above 0, at most {MAX_LIMIT}")))
+    }
+}
+
+/// The body of a request; an empty one is the default.
+fn parse<T: serde::de::DeserializeOwned + Default>(body: &Bytes) -> Result<T, Refusal> {
+    if body.is_empty() {
+        return Ok(T::default());
+    }
+    serde_json::from_slice(body).map_err(|e| Refusal(StatusCode::BAD_REQUEST, e.to_string()))
+}
+
+impl From<OpError> for Refusal {
+    fn from(e: OpError) -> Refusal {
+        let status = match e {
+            OpError::Refused(_) => StatusCode::CONFLICT,
+            OpError::NotFound(_) => StatusCode::BAD_REQUEST,
+            OpError::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        Refusal(status, e.to_string())
+    }
+}
+
+/// Runs an operation to its end, whether or not the client stays to hear of it.
+async fn operate<T: Serialize + Send + 'static>(
+    work: impl Future<Output = Result<T, OpError>> + Send + 'static,
+) -> Result<Response, Refusal> {
+    match tokio::spawn(work).await {
+        Ok(done) => Ok(Json(done?).into_response()),
+        Err(e) => Err(Refusal(StatusCode::INTERNAL_SERVER_ERROR, e.to_string())),
+    }
+}
+
+async fn pause_vm(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Response, Refusal> {
+    let body: PauseBody = parse(&body)?;
+    let limit = body.limit()?;
+    let turn = Turn::take(&shared, "a pause")?;
+    let by = if body.by.is_empty() { "the API".into() } else { body.by };
+    operate(async move { pause::pause(&turn, &by, limit).await }).await
+}
+
+async fn resume_vm(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Response, Refusal> {
+    let limit = parse::<PauseBody>(&body)?.limit()?;
+    let turn = Turn::take(&shared, "a resume")?;
+    operate(async move { pause::resume(&turn, limit).await }).await
+}
+
 async fn stop(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Response, Refusal> {
-    let body: StopBody = if body.is_empty() {
-        StopBody::default()
-    } else {
-        serde_json::from_slice(&body).map_err(|e| Refusal(StatusCode::BAD_REQUEST, e.to_string()))?
-    };
+    let body: StopBody = parse(&body)?;
     let by = if body.by.is_empty() { "the API".into() } else { body.by };
     shared.stop(End::Stopped { by });
     Ok((StatusCode::ACCEPTED, Json(serde_json::json!({ "stopping": true }))).into_response())

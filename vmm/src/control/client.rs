@@ -88,6 +88,21 @@ impl VmClient {
         self.body(response).await.map(drop)
     }
 
+    /// `POST` with a JSON body and a JSON answer.
+    ///
+    /// # Errors
+    /// As [`VmClient::request`].
+    pub async fn call<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl serde::Serialize,
+    ) -> Result<T, End> {
+        let body = serde_json::to_vec(body).map_err(|e| End::Failed(e.to_string()))?;
+        let response = self.request(Method::POST, path, body.into()).await?;
+        let body = self.body(response).await?;
+        serde_json::from_slice(&body).map_err(|e| self.failed(format!("gave an answer that is none: {e}")))
+    }
+
     async fn local(&self, root: &Path) -> Result<UnixStream, End> {
         let path = rundir::socket(root, &self.vm);
         if crate::config::resolve::check_name(&self.vm).is_err() || rundir::remove_stale(root, &self.vm) {

@@ -2,7 +2,9 @@
 //! tested where there is no KVM.
 
 use crate::devices::ConsoleHandle;
-use crate::member::{BootImages, HostError, HostFacts, Member, MemberEvent, MemberPlan, MemberStats};
+use crate::member::{
+    BootImages, HostError, HostFacts, Member, MemberEvent, MemberPlan, MemberReply, MemberStats, MemberTask,
+};
 use std::net::TcpListener;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -43,6 +45,11 @@ pub trait Guest: Send + Sync + 'static {
     fn stop(&self, reason: &str);
     /// See [`Member::stats`].
     fn stats(&self) -> MemberStats;
+    /// See [`Member::task`].
+    ///
+    /// # Errors
+    /// In words.
+    fn task(&self, task: MemberTask) -> Result<MemberReply, String>;
     /// See [`Member::console`].
     fn console(&self) -> Option<ConsoleHandle>;
 }
@@ -79,6 +86,9 @@ impl Guest for Member {
     }
     fn stats(&self) -> MemberStats {
         Member::stats(self)
+    }
+    fn task(&self, task: MemberTask) -> Result<MemberReply, String> {
+        Member::task(self, task)
     }
     fn console(&self) -> Option<ConsoleHandle> {
         Member::console(self)

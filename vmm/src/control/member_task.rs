@@ -147,6 +147,20 @@ impl Task {
                     self.say(FromMember::Report { id, stats }).await;
                 }
             }
+            ToMember::Task { id, task } => {
+                let (guest, out) = (self.slot.get().cloned(), self.out.clone());
+                // Not here: it may take seconds, in which the coordinator wants to hear the counters.
+                tokio::spawn(async move {
+                    let result = match guest {
+                        Some(guest) => blocking(move || guest.task(task))
+                            .await
+                            .unwrap_or_else(|_| Err("internal error".into())),
+                        None => Err("the member has not joined".into()),
+                    };
+                    // A connection that is gone shows elsewhere.
+                    let _ = out.send(FromMember::TaskDone { id, result }).await;
+                });
+            }
             ToMember::Ping | ToMember::Stop { .. } => {}
         }
         Ok(())

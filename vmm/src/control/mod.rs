@@ -4,7 +4,8 @@
 //! [`launcher`] is the side of `spanvm launch`; [`coordinator`] is member 0's process; [`member_task`] is
 //! every member's end of its connection; [`node`] is a host's daemon and [`node_client`] its caller; [`child`]
 //! and [`spawn`] are the processes between them. [`shared`] is the picture of the VM that [`api`] serves over
-//! the socket in [`rundir`], [`view`] its JSON, [`client`] its caller. [`end`] is how it all ends.
+//! the socket in [`rundir`], [`view`] its JSON, [`client`] its caller. [`ops`] are the
+//! operations on a running VM, which [`crew`] asks of its members. [`end`] is how it all ends.
 
 pub mod api;
 pub mod auth;
@@ -12,6 +13,7 @@ pub mod child;
 pub mod client;
 pub mod codec;
 pub mod coordinator;
+pub mod crew;
 pub mod end;
 pub mod fit;
 pub mod host;
@@ -19,6 +21,7 @@ pub mod launcher;
 pub mod member_task;
 pub mod node;
 pub mod node_client;
+pub mod ops;
 pub mod rundir;
 pub mod secret;
 pub mod shared;

@@ -1,8 +1,9 @@
-//! What the coordinator's tasks and the HTTP API share: the picture of the VM, and the two things that can be
-//! asked of it from outside, "stop" and "count now".
+//! What the coordinator's tasks and the HTTP API share: the picture of the VM, "stop" and "count now", and
+//! the operations on it.
 
 use super::end::End;
 use super::member_task::Slot;
+use super::ops::Ops;
 use super::view::{MemberInfo, VmInfo, VmStatus, VmSummary};
 use crate::config::VmSpec;
 use crate::devices::ConsoleHandle;
@@ -22,6 +23,7 @@ pub struct Shared {
     stops: mpsc::Sender<End>,
     counts: mpsc::Sender<oneshot::Sender<()>>,
     slot: OpaqueSlot,
+    ops: Ops,
 }
 
 struct OpaqueSlot(Slot);
@@ -83,7 +85,7 @@ impl Shared {
         };
         let counted = vec![None; info.members.len()];
         let picture = Mutex::new(Picture { info, running_since: None, counted });
-        Shared { picture, stops, counts, slot: OpaqueSlot(slot) }
+        Shared { picture, stops, counts, slot: OpaqueSlot(slot), ops: Ops::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Picture> {
@@ -123,6 +125,20 @@ impl Shared {
         picture.running_since = Some(Instant::now());
     }
 
+    /// What is done to the running VM as a whole.
+    pub fn ops(&self) -> &Ops {
+        &self.ops
+    }
+
+    /// The VM is paused, for this reason, or (`None`) no longer.
+    pub fn paused(&self, reason: Option<String>) {
+        let info = &mut self.lock().info;
+        if matches!(info.status, VmStatus::Running | VmStatus::Paused) {
+            info.status = if reason.is_some() { VmStatus::Paused } else { VmStatus::Running };
+            info.reason = reason;
+        }
+    }
+
     /// The VM is being ended.
     pub fn ending(&self, end: &End) {
         let mut picture = self.lock();
@@ -160,7 +176,7 @@ impl Shared {
     /// The picture with counters as fresh as the members can give them within two seconds.
     pub async fn fresh_info(&self) -> VmInfo {
         let (done, wait) = oneshot::channel();
-        let running = self.lock().info.status == VmStatus::Running;
+        let running = matches!(self.lock().info.status, VmStatus::Running | VmStatus::Paused);
         if running && self.counts.try_send(done).is_ok() {
             let _ = tokio::time::timeout(FRESH, wait).await;
         }

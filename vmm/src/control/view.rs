@@ -8,8 +8,9 @@ use std::net::SocketAddr;
 /// Where a VM is in its life.
 ///
 /// ```text
-/// starting -> running -> ending -> (gone)
-///     \______________________/
+/// starting -> running <-> paused
+///     \          |          |
+///      +---------+----------+--> ending -> (gone)
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -18,6 +19,8 @@ pub enum VmStatus {
     Starting,
     /// The guest runs.
     Running,
+    /// The guest stands still; the reason says why.
+    Paused,
     /// It is being ended; the reason says why.
     Ending,
 }
@@ -27,6 +30,7 @@ impl std::fmt::Display for VmStatus {
         f.pad(match self {
             VmStatus::Starting => "starting",
             VmStatus::Running => "running",
+            VmStatus::Paused => "paused",
             VmStatus::Ending => "ending",
         })
     }

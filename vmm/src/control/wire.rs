@@ -18,6 +18,8 @@
 //!    |<----------------|               |
 //!    |  Console..      | Stats / Report, once a second: also the heartbeat
 //!    |<----------------|<------------->|
+//!    |                 | Task / TaskDone: pause, resume, move a vCPU, ...
+//!    |                 |<------------->|
 //!    |  Ended          | Stop          |     the guest ended, a member is lost, somebody stopped it
 //!    |<----------------|-------------->|
 //!    |                 |<--------------| Stopped
@@ -31,7 +33,7 @@ use super::end::End;
 use super::view::VmSummary;
 use crate::config::VmSpec;
 use crate::config::spec::DiskSpec;
-use crate::member::{HostFacts, MemberEvent, MemberPlan, MemberStats};
+use crate::member::{HostFacts, MemberEvent, MemberPlan, MemberReply, MemberStats, MemberTask};
 use dsm::addr::MemberId;
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, SocketAddr};
@@ -142,6 +144,13 @@ pub enum ToMember {
     Run,
     /// The coordinator is there; sent when it has nothing else to say.
     Ping,
+    /// Something to do while the guest runs; several may be under way.
+    Task {
+        /// Names the task in its answer.
+        id: u64,
+        /// What.
+        task: MemberTask,
+    },
     /// Report; also the heartbeat.
     Stats {
         /// Number of the question.
@@ -180,6 +189,13 @@ pub enum FromMember {
         id: u64,
         /// Counters.
         stats: Json<Box<MemberStats>>,
+    },
+    /// Answer to `Task`.
+    TaskDone {
+        /// The task.
+        id: u64,
+        /// Its answer, or why it was not done.
+        result: Result<MemberReply, String>,
     },
     /// Answer to `Stop`; nothing follows.
     Stopped,

@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::fs::File;
 use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -111,6 +112,8 @@ impl ConsoleReader {
 pub struct ConsoleHandle {
     output: Arc<Output>,
     input: Arc<dyn ConsoleInput>,
+    /// Input waits: the VM is paused.
+    held: Arc<AtomicBool>,
 }
 
 impl fmt::Debug for ConsoleHandle {
@@ -134,7 +137,7 @@ pub struct InputStalled {
 impl ConsoleHandle {
     /// A console of a device.
     pub fn new(output: Arc<Output>, input: Arc<dyn ConsoleInput>) -> ConsoleHandle {
-        ConsoleHandle { output, input }
+        ConsoleHandle { output, input, held: Arc::default() }
     }
 
     /// A reader that first gets what is still in the ring.
@@ -145,7 +148,12 @@ impl ConsoleHandle {
 
     /// Offers input; says how much was taken. Does not wait.
     pub fn try_input(&self, bytes: &[u8]) -> usize {
-        self.input.push(bytes)
+        if self.held.load(Ordering::SeqCst) { 0 } else { self.input.push(bytes) }
+    }
+
+    /// While held, the console takes no input, so that it raises no interrupt: for a pause.
+    pub fn hold(&self, held: bool) {
+        self.held.store(held, Ordering::SeqCst);
     }
 
     /// Sends input, waiting for the guest to make room.
@@ -156,7 +164,7 @@ impl ConsoleHandle {
         let start = Instant::now();
         let mut taken = 0;
         loop {
-            taken += self.input.push(&bytes[taken..]);
+            taken += self.try_input(&bytes[taken..]);
             if taken >= bytes.len() {
                 return Ok(());
             }

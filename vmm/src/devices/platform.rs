@@ -149,6 +149,20 @@ impl Platform {
         stuck.map(|t| t.name().to_owned()).collect()
     }
 
+    /// Lets all workers finish what they are at and take nothing new; returns the names of those that were not quiet
+    /// by the deadline (they wait for a page or a disk). Either way the pause lasts until [`Platform::resume`].
+    pub fn pause(&self, timeout: Duration) -> Vec<String> {
+        let deadline = Instant::now() + timeout;
+        let left = || deadline.saturating_duration_since(Instant::now());
+        let stuck = self.virtio.iter().filter(|t| !t.pause(left()));
+        stuck.map(|t| t.name().to_owned()).collect()
+    }
+
+    /// Ends a pause: what came in meanwhile is served.
+    pub fn resume(&self) {
+        self.virtio.iter().for_each(|t| t.resume());
+    }
+
     /// Where an access of `len` bytes at `addr` goes.
     pub fn route(&self, space: Space, addr: u64, len: usize) -> Route<'_> {
         if let Some((device, offset)) = self.bus(space).find(addr, len) {

@@ -43,7 +43,7 @@ pub trait Handler: Send + Sync {
     fn set_level(&self, gsi: u32, high: bool);
     /// To the IOAPIC, which is here.
     fn end_of_interrupt(&self, vector: u8);
-    /// The guest's TSC here.
+    /// The members' common clock, in the guest's ticks, as this member has it.
     fn guest_tsc(&self) -> u64;
     /// This host's TSC in the guest's units.
     fn host_clock(&self) -> u64;
@@ -96,6 +96,15 @@ pub struct Fabric {
     pub sent: AtomicU64,
     /// Messages from peers.
     pub received: AtomicU64,
+    traffic: Traffic,
+}
+
+/// Messages that can change the guest (all but clock samples and signs of life), for [`Fabric::traffic`].
+#[derive(Debug, Default)]
+struct Traffic {
+    sent: AtomicU64,
+    /// Counted when the message has been carried out, and with it whatever it caused has been sent.
+    done: AtomicU64,
 }
 
 impl Fabric {
@@ -124,6 +133,7 @@ impl Fabric {
             wake_lock: Mutex::new(()),
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
+            traffic: Traffic::default(),
         })
     }
 
@@ -162,11 +172,22 @@ impl Fabric {
     pub fn send(&self, to: MemberId, message: &Message) {
         let Some(link) = self.links.iter().find(|l| l.peer == to) else { return };
         self.sent.fetch_add(1, Ordering::Relaxed);
+        if message.is_for_the_guest() {
+            self.traffic.sent.fetch_add(1, Ordering::SeqCst);
+        }
         if let Err(reason) = link.send(&message.encode(self.me, self.epoch)) {
             link.close();
             self.broken.lock().unwrap_or_else(PoisonError::into_inner).push((to, reason));
             self.wake.notify_all();
         }
+    }
+
+    /// How many messages that can change the guest were sent to peers, and how many from peers have been carried out.
+    /// When nothing in the VM produces any, and the sums over all members are equal and stay so from one look to the
+    /// next, then none is under way (Mattern 1987, four-counter method).
+    pub fn traffic(&self) -> (u64, u64) {
+        let done = self.traffic.done.load(Ordering::SeqCst);
+        (self.traffic.sent.load(Ordering::SeqCst), done)
     }
 
     /// Sends to all members.
@@ -291,7 +312,11 @@ impl Fabric {
                 let frame = Frame::read_from_bytes(bytes).map_err(|_| "frame of wrong length".to_owned())?;
                 let message = Message::decode(&frame, link.peer, self.epoch).map_err(|e| e.to_string())?;
                 self.received.fetch_add(1, Ordering::Relaxed);
+                let counts = message.is_for_the_guest();
                 self.carry_out(link, message, handler);
+                if counts {
+                    self.traffic.done.fetch_add(1, Ordering::SeqCst);
+                }
             }
             buffer.copy_within(whole..have, 0);
             have -= whole;

@@ -173,6 +173,11 @@ const MODES: [DeliveryMode; 7] = [
 ];
 
 impl Message {
+    /// Can it change what the guest sees?
+    pub fn is_for_the_guest(&self) -> bool {
+        !matches!(self, Message::Ping { .. } | Message::Pong { .. } | Message::Heartbeat | Message::Stop(_))
+    }
+
     /// As bytes.
     pub fn encode(&self, sender: MemberId, epoch: Epoch) -> Frame {
         let mut frame = Frame { sender: sender.0.into(), epoch: epoch.0.into(), ..Frame::default() };

@@ -1,7 +1,7 @@
 //! The loop of a vCPU thread.
 //!
 //! ```text
-//!        +--> mail: stop, clock, INIT, start-up --> timer --> HLT? --wait--+
+//!        +--> mail: stop, orders, clock, INIT, start-up -> timer -> HLT? --+
 //!        |                                                     |           |
 //!        |                     inject NMI, vector, or ask for a window     |
 //!        |                                                     |           |
@@ -9,6 +9,7 @@
 //!        +-----------------------------------------------------------------+
 //! ```
 
+use super::desk::Order;
 use super::handle::{VcpuHandle, count, mail};
 use super::signal::Attention;
 use super::vcpu::Vcpu;
@@ -90,6 +91,10 @@ pub struct Runner<M: Machine> {
     left_at: u64,
     /// The last exit must be completed by another KVM_RUN before registers mean anything.
     unfinished: bool,
+    /// Out of the guest until an order says otherwise.
+    parked: bool,
+    /// Mail that came while it was parked.
+    held: u32,
     /// CR8 as the guest was entered with it.
     cr8: u8,
     /// Guest TSC for which the timer signal is armed.
@@ -118,6 +123,8 @@ impl<M: Machine> Runner<M> {
             clock_behind: false,
             left_at,
             unfinished: false,
+            parked: false,
+            held: 0,
             cr8: 0,
             armed: None,
         }
@@ -149,14 +156,21 @@ impl<M: Machine> Runner<M> {
     /// Once around.
     fn step(&mut self, attention: &Attention) -> Result<Option<VcpuEnd>, KvmError> {
         self.vcpu.run.set_immediate_exit(0);
-        let mail = self.handle.take_mail();
+        let mail = self.handle.take_mail() | std::mem::take(&mut self.held);
         if mail & mail::STOP != 0 {
             return Ok(Some(VcpuEnd::Stopped));
+        }
+        if mail & mail::ORDER != 0 {
+            self.held = mail & !mail::ORDER;
+            return self.obey();
         }
         if mail & mail::CLOCK != 0 || self.clock_behind {
             self.follow_clock()?;
         }
         if mail & mail::INIT != 0 {
+            if let Some(end) = self.complete()? {
+                return Ok(Some(end));
+            }
             self.init()?;
         }
         if mail & mail::STARTUP != 0 && self.waits_for_startup {
@@ -191,6 +205,56 @@ impl<M: Machine> Runner<M> {
         self.left_at = self.clock.scaled_now();
         count(&self.handle.counters.exits);
         self.handle_exit(result.err().map(|e| e.errno()))
+    }
+
+    /// Carries out orders until none is left and the vCPU is not parked.
+    fn obey(&mut self) -> Result<Option<VcpuEnd>, KvmError> {
+        loop {
+            while let Some(order) = self.handle.next_order() {
+                match order {
+                    Order::Park(answer) => {
+                        if let Some(end) = self.complete()? {
+                            return Ok(Some(end));
+                        }
+                        self.park(true);
+                        // Who asked may have given up.
+                        let _ = answer.send(());
+                    }
+                    Order::Resume => self.park(false),
+                }
+            }
+            if !self.parked {
+                return Ok(None);
+            }
+            self.handle.wait(Some(IDLE_WAIT));
+            let mail = self.handle.take_mail();
+            if mail & mail::STOP != 0 {
+                self.park(false);
+                return Ok(Some(VcpuEnd::Stopped));
+            }
+            self.held |= mail & !mail::ORDER;
+        }
+    }
+
+    fn park(&mut self, parked: bool) {
+        if std::mem::replace(&mut self.parked, parked) != parked {
+            self.machine.rest(parked);
+        }
+    }
+
+    /// Gives the guest the result of its last access, which the kernel still owes it, without running it. Afterwards
+    /// the registers are those between two instructions.
+    fn complete(&mut self) -> Result<Option<VcpuEnd>, KvmError> {
+        while self.unfinished {
+            self.vcpu.run.set_immediate_exit(1);
+            let result = self.vcpu.fd.run().map(|_| ());
+            self.vcpu.run.set_immediate_exit(0);
+            // An access wider than the bus goes on in pieces: each is one more exit.
+            if let Some(end) = self.handle_exit(result.err().map(|e| e.errno()))? {
+                return Ok(Some(end));
+            }
+        }
+        Ok(None)
     }
 
     /// Brings timer and priorities up to date: what to inject, when to look again, and the TPR.
@@ -279,13 +343,6 @@ impl<M: Machine> Runner<M> {
     }
 
     fn init(&mut self) -> Result<(), KvmError> {
-        if self.unfinished {
-            // The kernel still owes the guest the result of its last access.
-            self.vcpu.run.set_immediate_exit(1);
-            let _ = self.vcpu.fd.run();
-            self.vcpu.run.set_immediate_exit(0);
-            self.unfinished = false;
-        }
         let base = {
             let mut apic = self.handle.apic();
             apic.init();

@@ -4,6 +4,7 @@
 //! announces that it is about to enter the guest, then looks at the mailbox a last time; so either it sees the
 //! message or the ringer sees the announcement.
 
+use super::desk::{Desk, Order};
 use super::signal;
 use crate::interrupts::lapic::LocalApic;
 use crate::interrupts::{DeliveryMode, InterruptMessage};
@@ -24,6 +25,8 @@ pub(super) mod mail {
     pub const STOP: u32 = 1 << 4;
     /// The TSC offset changed.
     pub const CLOCK: u32 = 1 << 5;
+    /// There are orders on the desk.
+    pub const ORDER: u32 = 1 << 6;
 }
 
 /// Where the vCPU thread is.
@@ -78,6 +81,7 @@ pub struct VcpuHandle {
     place: AtomicU32,
     startup: AtomicU32,
     tid: AtomicI32,
+    desk: Desk,
     /// What it counts.
     pub counters: Counters,
 }
@@ -92,6 +96,7 @@ impl VcpuHandle {
             place: AtomicU32::new(place::HOST),
             startup: AtomicU32::new(0),
             tid: AtomicI32::new(0),
+            desk: Desk::default(),
             counters: Counters::default(),
         }
     }
@@ -143,6 +148,24 @@ impl VcpuHandle {
         self.ring(mail::CLOCK);
     }
 
+    /// Gives its thread an order. False when it has none, or none any more.
+    pub fn order(&self, order: Order) -> bool {
+        let taken = self.desk.put(order);
+        if taken {
+            self.ring(mail::ORDER);
+        }
+        taken
+    }
+
+    /// A thread is about to run it: orders are taken from now on.
+    pub fn open_desk(&self) {
+        self.desk.open();
+    }
+
+    pub(super) fn next_order(&self) -> Option<Order> {
+        self.desk.take()
+    }
+
     /// Sends it out of the guest (or out of a wait) with no message.
     pub fn kick(&self) {
         let tid = self.tid.load(Ordering::SeqCst);
@@ -171,6 +194,7 @@ impl VcpuHandle {
     }
 
     pub(super) fn unregister_thread(&self) {
+        self.desk.close();
         self.tid.store(0, Ordering::SeqCst);
     }
 

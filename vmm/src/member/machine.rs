@@ -154,7 +154,7 @@ impl Handler for MemberMachine {
     }
 
     fn guest_tsc(&self) -> u64 {
-        self.clock.now()
+        self.clock.common_now()
     }
 
     fn host_clock(&self) -> u64 {

@@ -2,17 +2,20 @@
 //!
 //! [`facts`] says what the host can do, [`plan`] what this member is to be, [`event`] what it reports,
 //! [`stats`] what it counts; [`runtime`] is the member itself. Inside: [`ram`] (guest memory), [`switchboard`]
-//! (where interrupts go), [`machine`] (what vCPUs and peers can access), [`watch`] (when it is over).
+//! (where interrupts go), [`machine`] (what vCPUs and peers can access), [`watch`] (when it is over). While it runs, the coordinator gives it
+//! [`task`]s, such as to [`pause`].
 
 pub mod event;
 pub mod facts;
 pub mod machine;
+pub mod pause;
 pub mod plan;
 pub mod ram;
 mod rest;
 pub mod runtime;
 pub mod stats;
 pub mod switchboard;
+pub mod task;
 pub mod watch;
 
 pub use crate::devices::ConsoleHandle;
@@ -21,3 +24,4 @@ pub use facts::{HostError, HostFacts, Virtualization};
 pub use plan::{BootImages, MemberPlan, PageTuning};
 pub use runtime::{Member, MemberError};
 pub use stats::{MemberStats, VcpuStats};
+pub use task::{MemberReply, MemberTask};

@@ -308,6 +308,7 @@ impl Member {
                 continue;
             };
             let id = vcpu.id();
+            handle.open_desk();
             let runner = Runner::new(vcpu, handle.clone(), self.clock.clone(), machine.clone());
             let tell = self.happenings.clone();
             let thread = thread::Builder::new().name(format!("vcpu-{id}")).spawn(move || {
@@ -374,6 +375,36 @@ impl Member {
     /// The serial console, on the member that has the serial port.
     pub fn console(&self) -> Option<ConsoleHandle> {
         self.console.clone()
+    }
+
+    /// The machine, while the guest runs.
+    pub(super) fn running_machine(&self) -> Option<Arc<MemberMachine>> {
+        let parts = self.parts();
+        parts.machine.clone().filter(|_| parts.running)
+    }
+
+    pub(super) fn switchboard(&self) -> &Switchboard {
+        &self.switchboard
+    }
+
+    pub(super) fn fabric(&self) -> &Fabric {
+        &self.fabric
+    }
+
+    pub(super) fn clock(&self) -> &GuestClock {
+        &self.clock
+    }
+
+    /// Can the guest's TSC be set on this host?
+    pub(super) fn can_stop_time(&self) -> bool {
+        !is_software_kvm()
+    }
+
+    /// Keeps what is typed from the guest, or no longer.
+    pub(super) fn hold_input(&self, hold: bool) {
+        if let Some(console) = &self.console {
+            console.hold(hold);
+        }
     }
 
     /// The orders this member was started with.
@@ -501,7 +532,7 @@ fn guest_clock(plan: &MemberPlan, vm: &Vm) -> Result<GuestClock, MemberError> {
         TscScale::IDENTITY
     };
     let clock = GuestClock::new(scale, plan.tsc_khz, 0);
-    clock.set_offset(clock.scaled_now().wrapping_neg());
+    clock.set_common_offset(clock.scaled_now().wrapping_neg());
     Ok(clock)
 }
 

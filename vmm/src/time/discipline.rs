@@ -62,7 +62,7 @@ impl Discipline {
         }
         let Some(estimate) = filter.estimate(sample.received) else { return false };
         drop(filter);
-        let current = self.clock.offset();
+        let current = self.clock.common_offset();
         let error = estimate.offset.wrapping_sub(current);
         let backward = error > u64::MAX / 2;
         let size = if backward { error.wrapping_neg() } else { error };
@@ -74,7 +74,7 @@ impl Discipline {
         let due = !running || size > self.clock.ns_to_ticks(TOLERANCE_NS);
         if due && step != 0 {
             let new = if backward { current.wrapping_sub(step) } else { current.wrapping_add(step) };
-            self.clock.set_offset(new);
+            self.clock.set_common_offset(new);
         }
         self.settled.store(true, Ordering::SeqCst);
         due && step != 0
@@ -111,11 +111,11 @@ mod tests {
         };
         feed(1 << 40, 40);
         assert!(discipline.is_settled());
-        assert_eq!(clock.offset(), 1 << 40);
+        assert_eq!(clock.common_offset(), 1 << 40);
         discipline.start();
         assert_eq!(feed(1 << 40, 20), 0, "nothing to correct");
         feed((1 << 40) - 500_000, 300);
-        assert!(clock.offset().abs_diff((1 << 40) - 500_000) <= 2_000, "{:#x}", clock.offset());
+        assert!(clock.common_offset().abs_diff((1 << 40) - 500_000) <= 2_000, "{:#x}", clock.common_offset());
         assert!(discipline.bound_ns() < 60_000);
     }
 
@@ -130,11 +130,11 @@ mod tests {
             }
             discipline.sample(sample(at, offset));
             if n > 400 {
-                worst = worst.max(clock.offset().abs_diff(offset));
-                let step = clock.offset().abs_diff(last.unwrap_or(clock.offset()));
+                worst = worst.max(clock.common_offset().abs_diff(offset));
+                let step = clock.common_offset().abs_diff(last.unwrap_or(clock.common_offset()));
                 assert!(step <= STEP_NS, "step of {step} ns");
             }
-            last = Some(clock.offset());
+            last = Some(clock.common_offset());
         }
         assert!(worst < 15_000, "{worst} ns off at 50 ppm");
     }

@@ -50,18 +50,22 @@ pub fn needs_scaling(guest_khz: u32, host_khz: u32) -> bool {
     u64::from(guest_khz.abs_diff(host_khz)) * 1_000_000 > u64::from(host_khz) * KVM_TOLERANCE_PPM
 }
 
-/// The guest's clock on this host: what its vCPUs should be set to.
+/// The guest's clock on this host: what its vCPUs should be set to. It is the clock that the members agree on, which
+/// never stops, less the time that the VM was paused, which all members are told the same.
 #[derive(Debug)]
 pub struct GuestClock {
     scale: TscScale,
     khz: u32,
+    /// Of the members' common clock.
     offset: AtomicU64,
+    /// Ticks that the guest does not see.
+    stopped: AtomicU64,
 }
 
 impl GuestClock {
     /// A clock that reads `scale(host) + offset` at `khz`.
     pub fn new(scale: TscScale, khz: u32, offset: u64) -> GuestClock {
-        GuestClock { scale, khz: khz.max(1), offset: AtomicU64::new(offset) }
+        GuestClock { scale, khz: khz.max(1), offset: AtomicU64::new(offset), stopped: AtomicU64::new(0) }
     }
 
     /// Host TSC in the guest's units, without the offset.
@@ -79,14 +83,29 @@ impl GuestClock {
         self.khz
     }
 
+    /// The members' common clock now: the guest's, had it never been paused.
+    pub fn common_now(&self) -> u64 {
+        self.scaled_now().wrapping_add(self.common_offset())
+    }
+
     /// What vCPUs' offsets should be.
     pub fn offset(&self) -> u64 {
+        self.common_offset().wrapping_sub(self.stopped.load(Ordering::SeqCst))
+    }
+
+    /// Offset of the members' common clock.
+    pub fn common_offset(&self) -> u64 {
         self.offset.load(Ordering::SeqCst)
     }
 
     /// Sets it; vCPUs follow when they next look ([`VcpuClock::follow`]).
-    pub fn set_offset(&self, offset: u64) {
+    pub fn set_common_offset(&self, offset: u64) {
         self.offset.store(offset, Ordering::SeqCst);
+    }
+
+    /// Sets for how many ticks in all the VM has been paused.
+    pub fn set_stopped(&self, ticks: u64) {
+        self.stopped.store(ticks, Ordering::SeqCst);
     }
 
     /// Guest ticks as nanoseconds, rounded up.
@@ -157,6 +176,18 @@ mod tests {
         let clock = GuestClock::new(TscScale::IDENTITY, 3_000_000, 0);
         assert_eq!((clock.ticks_to_ns(3), clock.ticks_to_ns(4), clock.ns_to_ticks(1000)), (1, 2, 3000));
         assert_eq!(clock.ticks_to_ns(u64::MAX), u64::MAX / 3);
+    }
+
+    #[test]
+    fn a_pause_stops_the_guest_and_not_the_members() {
+        let clock = GuestClock::new(TscScale::IDENTITY, 1_000_000, 500);
+        clock.set_stopped(200);
+        assert_eq!((clock.offset(), clock.common_offset()), (300, 500));
+        clock.set_common_offset(510);
+        assert_eq!((clock.offset(), clock.common_offset()), (310, 510));
+        // A vCPU that has been out of the guest for the whole pause goes back by all of it.
+        let mut vcpu = VcpuClock::new(500);
+        assert_eq!(vcpu.follow(clock.offset(), 200), Some(310));
     }
 
     proptest! {

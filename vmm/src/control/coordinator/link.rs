@@ -70,6 +70,11 @@ impl Link {
         let _ = self.orders.try_send(order);
     }
 
+    /// The way to it, for tasks.
+    pub fn orders(&self) -> mpsc::Sender<ToMember> {
+        self.orders.clone()
+    }
+
     /// How its process ended, where it is a child of this one and has.
     pub async fn epitaph(&self) -> Option<String> {
         self.child.as_ref()?.epitaph().await

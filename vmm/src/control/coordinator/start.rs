@@ -6,6 +6,7 @@ use super::{Coordinator, watch};
 use crate::config::plan;
 use crate::config::spec::DiskSpec;
 use crate::control::codec::{self, Json};
+use crate::control::crew::Crew;
 use crate::control::end::End;
 use crate::control::secret::Secret;
 use crate::control::spawn::ChildProcess;
@@ -83,6 +84,8 @@ impl Coordinator {
             other => Err(other),
         })
         .await?;
+        let seats = self.links.iter().map(|link| (link.id, link.host.clone(), link.orders()));
+        self.shared.ops().staff(Crew::new(seats));
         self.shared.running();
         let (pid, host) = (std::process::id(), self.inherit.host.clone());
         self.launcher.say(FromCoordinator::Running { pid, host }).await;

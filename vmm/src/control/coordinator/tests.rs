@@ -3,12 +3,14 @@
 use super::link::Stream;
 use super::{Spawner, Surroundings};
 use crate::config::{MemberSpec, VmSpec};
+use crate::control::api::PauseBody;
 use crate::control::client::{Place, VmClient};
 use crate::control::codec;
 use crate::control::end::End;
 use crate::control::fit;
 use crate::control::host::{Guest, Host};
 use crate::control::member_task;
+use crate::control::ops::pause::PauseReport;
 use crate::control::rundir;
 use crate::control::spawn::ChildProcess;
 use crate::control::view::{VmInfo, VmStatus};
@@ -16,7 +18,8 @@ use crate::control::wire::{FromCoordinator, ImageKind, Inherit, Role, ToCoordina
 use crate::devices::ConsoleHandle;
 use crate::devices::console::{ConsoleInput, Output};
 use crate::member::{
-    BootImages, HostError, HostFacts, MemberEvent, MemberPlan, MemberStats, PageTuning, VcpuStats, VmExit,
+    BootImages, HostError, HostFacts, MemberEvent, MemberPlan, MemberReply, MemberStats, MemberTask,
+    PageTuning, VcpuStats, VmExit,
 };
 use std::io;
 use std::net::TcpListener;
@@ -41,19 +44,28 @@ struct Script {
     stop_hangs: bool,
     /// Loading fails.
     load_error: bool,
+    /// This member can't be paused.
+    pause_error: Option<u16>,
+    /// This member never answers when asked to pause.
+    pause_hangs: Option<u16>,
 }
 
 struct FakeHost {
     script: Script,
     me: u16,
     plans: Arc<Mutex<Vec<MemberPlan>>>,
+    tasks: TaskLog,
 }
+
+/// What members were asked to do, in order.
+type TaskLog = Arc<Mutex<Vec<(u16, MemberTask)>>>;
 
 struct FakeGuest {
     script: Script,
     me: u16,
     vcpus: Vec<u32>,
     events: Mutex<Sender<MemberEvent>>,
+    tasks: TaskLog,
     console: Option<(ConsoleHandle, Arc<Output>)>,
 }
 
@@ -93,6 +105,7 @@ impl Host for FakeHost {
             me: self.me,
             vcpus: plan.topology.vcpus_of(plan.me).collect(),
             events: Mutex::new(events),
+            tasks: self.tasks.clone(),
             console: (self.me == 0).then_some((handle, output)),
         }))
     }
@@ -130,6 +143,23 @@ impl Guest for FakeGuest {
         MemberStats { vcpus: vcpus.collect(), ..MemberStats::default() }
     }
 
+    fn task(&self, task: MemberTask) -> Result<MemberReply, String> {
+        self.tasks.lock().unwrap().push((self.me, task.clone()));
+        Ok(match task {
+            MemberTask::Pause { .. } if self.script.pause_error == Some(self.me) => {
+                return Err("vCPU 2 did not leave the guest".into());
+            }
+            MemberTask::Pause { .. } if self.script.pause_hangs == Some(self.me) => {
+                std::thread::sleep(Duration::from_secs(4));
+                MemberReply::Done
+            }
+            MemberTask::Pause { .. } => MemberReply::Paused { clock: Some(1000 + u64::from(self.me)) },
+            MemberTask::Traffic => MemberReply::Traffic { sent: 7, done: 7 },
+            MemberTask::Clock => MemberReply::Clock(5000),
+            MemberTask::Resume { .. } => MemberReply::Done,
+        })
+    }
+
     fn console(&self) -> Option<ConsoleHandle> {
         self.console.as_ref().map(|(handle, _)| handle.clone())
     }
@@ -141,13 +171,19 @@ struct Tasks {
     plans: Arc<Mutex<Vec<MemberPlan>>>,
     next: Mutex<u16>,
     tasks: Arc<Mutex<Vec<tokio::task::JoinHandle<()>>>>,
+    log: TaskLog,
 }
 
 impl Spawner for Tasks {
     fn spawn(&self) -> io::Result<(Box<dyn Stream>, Option<ChildProcess>)> {
         let mut next = self.next.lock().unwrap();
         *next += 1;
-        let host = FakeHost { script: self.script.clone(), me: *next, plans: self.plans.clone() };
+        let host = FakeHost {
+            script: self.script.clone(),
+            me: *next,
+            plans: self.plans.clone(),
+            tasks: self.log.clone(),
+        };
         let (ours, mut theirs) = tokio::io::duplex(1 << 16);
         let task = tokio::spawn(async move {
             let inherit: Inherit = codec::recv(&mut theirs).await.unwrap();
@@ -162,6 +198,7 @@ struct Vm {
     stream: DuplexStream,
     plans: Arc<Mutex<Vec<MemberPlan>>>,
     tasks: Arc<Mutex<Vec<tokio::task::JoinHandle<()>>>>,
+    log: TaskLog,
     coordinator: tokio::task::JoinHandle<End>,
     root: tempfile::TempDir,
 }
@@ -188,9 +225,16 @@ async fn launch(spec: VmSpec, script: Script) -> Vm {
     let root = tempfile::tempdir().unwrap();
     let plans = Arc::new(Mutex::new(Vec::new()));
     let tasks = Arc::new(Mutex::new(Vec::new()));
+    let log = TaskLog::default();
     let around = Surroundings {
-        host: Arc::new(FakeHost { script: script.clone(), me: 0, plans: plans.clone() }),
-        spawner: Arc::new(Tasks { script, plans: plans.clone(), next: Mutex::new(0), tasks: tasks.clone() }),
+        host: Arc::new(FakeHost { script: script.clone(), me: 0, plans: plans.clone(), tasks: log.clone() }),
+        spawner: Arc::new(Tasks {
+            script,
+            plans: plans.clone(),
+            next: Mutex::new(0),
+            tasks: tasks.clone(),
+            log: log.clone(),
+        }),
         root: root.path().to_path_buf(),
         redirect_log: false,
     };
@@ -215,7 +259,7 @@ async fn launch(spec: VmSpec, script: Script) -> Vm {
         codec::send(&mut stream, &ToCoordinator::Image(ImageKind::Kernel, piece.to_vec())).await.unwrap();
     }
     codec::send(&mut stream, &ToCoordinator::Image(ImageKind::Initrd, b"initrd".to_vec())).await.unwrap();
-    Vm { stream, plans, tasks, coordinator, root }
+    Vm { stream, plans, tasks, log, coordinator, root }
 }
 
 impl Vm {
@@ -309,6 +353,61 @@ async fn the_api_shows_the_vm_and_stops_it() {
     assert!(
         matches!(vm.client().get::<VmInfo>("/vm").await, Err(End::BadInput(e)) if e.contains("no VM named"))
     );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pause_and_resume_reach_all_members_and_keep_the_clock() {
+    let mut vm = launch(spec(3), Script::default()).await;
+    vm.running().await;
+    let client = vm.client();
+    let status = async || client.get::<VmInfo>("/vm").await.unwrap();
+    assert!(client.post("/vm/resume", "").await.unwrap_err().to_string().contains("is not paused"));
+    for stopped in [3998, 2 * 3998] {
+        let report: PauseReport = client.call("/vm/pause", &PauseBody::default()).await.unwrap();
+        assert!(report.time_stopped);
+        let info = status().await;
+        assert_eq!((info.status, info.reason.as_deref()), (VmStatus::Paused, Some("paused by the API")));
+        let again = client.post("/vm/pause", "").await.unwrap_err().to_string();
+        assert!(again.contains("paused already"), "{again}");
+        client.call::<()>("/vm/resume", &PauseBody::default()).await.unwrap();
+        assert_eq!((status().await.status, status().await.reason), (VmStatus::Running, None));
+        // The clock stood at the latest of 1000, 1001, 1002 and is 5000 now, each time.
+        let mut log = std::mem::take(&mut *vm.log.lock().unwrap());
+        log.retain(|(_, task)| matches!(task, MemberTask::Resume { .. }));
+        log.sort_by_key(|(me, _)| *me);
+        assert_eq!(log, [0, 1, 2].map(|me| (me, MemberTask::Resume { stopped })));
+    }
+    for body in ["{\"limit_s\":0}", "{\"limit_s\":11}", "{\"limit_s\":-1}", "{\"x\":1}"] {
+        assert!(matches!(client.post("/vm/pause", body).await, Err(End::BadInput(_))), "{body}");
+    }
+    client.post("/vm/stop", "").await.unwrap();
+    vm.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_that_can_not_be_paused_is_named_and_the_vm_runs_on() {
+    let table = [
+        (
+            Script { pause_error: Some(1), ..Script::default() },
+            "member 1 on here: vCPU 2 did not leave the guest",
+        ),
+        (Script { pause_hangs: Some(2), ..Script::default() }, "member 2 on here: no answer within 2.1 s"),
+    ];
+    for (script, named) in table {
+        let mut vm = launch(spec(3), script).await;
+        vm.running().await;
+        let client = vm.client();
+        let body = PauseBody { limit_s: Some(0.1), ..PauseBody::default() };
+        let error = client.call::<PauseReport>("/vm/pause", &body).await.unwrap_err().to_string();
+        assert!(error.contains(named) && error.contains("the VM runs on"), "{error}");
+        assert_eq!(client.get::<VmInfo>("/vm").await.unwrap().status, VmStatus::Running);
+        let log = vm.log.lock().unwrap().clone();
+        for me in 0..3 {
+            assert!(log.contains(&(me, MemberTask::Resume { stopped: 0 })), "{me}: {log:?}");
+        }
+        client.post("/vm/stop", "").await.unwrap();
+        vm.end().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -59,6 +59,10 @@ impl Coordinator {
                         for (_, done) in done {
                             let _ = done.send(());
                         }
+                    } else if let Ok(FromMember::TaskDone { id: task, result }) = message {
+                        if let Some(crew) = self.shared.ops().crew() {
+                            crew.done(task, result);
+                        }
                     } else if let Some(end) = self.trouble(id, message).await {
                         return end;
                     }
@@ -166,6 +170,7 @@ impl Coordinator {
                 FromMember::Event(MemberEvent::Running)
                 | FromMember::Ready { .. }
                 | FromMember::Joined
+                | FromMember::TaskDone { .. }
                 | FromMember::Started
                 | FromMember::Report { .. },
             ) => return None,

@@ -105,6 +105,16 @@ impl Transport {
         self.worker.lock().unwrap_or_else(PoisonError::into_inner).shut_down(timeout)
     }
 
+    /// Lets the worker finish what it is at and take nothing new; true if it was quiet by the deadline.
+    pub fn pause(&self, timeout: Duration) -> bool {
+        self.doorbell.pause(timeout)
+    }
+
+    /// Ends a pause.
+    pub fn resume(&self) {
+        self.doorbell.resume();
+    }
+
     fn reset_queues(description: &Description) -> Vec<QueueRegisters> {
         let register = |size: &u16| QueueRegisters { size: u32::from(*size), ..Default::default() };
         description.queue_sizes.iter().map(register).collect()

@@ -1,0 +1,136 @@
+//! Asking the members of a running VM to do something, and hearing from each in bounded time.
+
+use super::wire::ToMember;
+use crate::member::{MemberReply, MemberTask};
+use dsm::addr::MemberId;
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+
+/// What a task may take beyond its own limit before its member counts as silent.
+pub const GRACE: Duration = Duration::from_secs(2);
+
+/// A member did not do what it was asked.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{member} on {host}: {reason}")]
+pub struct AskError {
+    /// Which.
+    pub member: MemberId,
+    /// Its host.
+    pub host: String,
+    /// Why; what the member said, or that it said nothing.
+    pub reason: String,
+}
+
+#[derive(Debug)]
+struct Seat {
+    id: MemberId,
+    host: String,
+    orders: mpsc::Sender<ToMember>,
+}
+
+type Answer = Result<MemberReply, String>;
+
+/// The members of a running VM.
+#[derive(Debug)]
+pub struct Crew {
+    seats: Vec<Seat>,
+    next: AtomicU64,
+    /// Tasks under way. Held for a look-up only.
+    open: Mutex<HashMap<u64, oneshot::Sender<Answer>>>,
+}
+
+impl Crew {
+    /// A crew: number, host and the way to each member.
+    pub fn new(seats: impl IntoIterator<Item = (MemberId, String, mpsc::Sender<ToMember>)>) -> Crew {
+        let seats = seats.into_iter().map(|(id, host, orders)| Seat { id, host, orders });
+        Crew { seats: seats.collect(), next: AtomicU64::new(1), open: Mutex::default() }
+    }
+
+    /// All members.
+    pub fn members(&self) -> impl Iterator<Item = MemberId> + '_ {
+        self.seats.iter().map(|seat| seat.id)
+    }
+
+    /// `member 1 on hostB`.
+    pub fn name(&self, member: MemberId) -> String {
+        let seat = self.seats.iter().find(|seat| seat.id == member);
+        seat.map_or_else(|| member.to_string(), |seat| format!("{member} on {}", seat.host))
+    }
+
+    fn open(&self) -> MutexGuard<'_, HashMap<u64, oneshot::Sender<Answer>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An answer came. One that nobody waits for any more is dropped.
+    pub fn done(&self, id: u64, answer: Answer) {
+        if let Some(waiting) = self.open().remove(&id) {
+            let _ = waiting.send(answer);
+        }
+    }
+
+    /// Asks one member. The member's own limit should be in the task; `limit` is when it counts as silent.
+    ///
+    /// # Errors
+    /// It said no, or nothing.
+    pub async fn ask(
+        &self,
+        member: MemberId,
+        task: MemberTask,
+        limit: Duration,
+    ) -> Result<MemberReply, AskError> {
+        let host = self.seats.iter().find(|s| s.id == member).map_or("?", |s| &s.host).to_string();
+        let error = |reason: String| AskError { member, host, reason };
+        let Some(seat) = self.seats.iter().find(|seat| seat.id == member) else {
+            return Err(error("there is no such member".into()));
+        };
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let (tell, told) = oneshot::channel();
+        self.open().insert(id, tell);
+        let exchange = async {
+            let gone = || "its connection is closed".to_string();
+            seat.orders.send(ToMember::Task { id, task }).await.map_err(|_| gone())?;
+            told.await.map_err(|_| gone())?
+        };
+        let answer = tokio::time::timeout(limit, exchange).await;
+        self.open().remove(&id);
+        match answer {
+            Ok(answer) => answer.map_err(error),
+            Err(_) => Err(error(format!("no answer within {:.1} s", limit.as_secs_f32()))),
+        }
+    }
+
+    /// Asks all members at once, and returns their answers by member.
+    ///
+    /// # Errors
+    /// The first that failed. All have been heard, or were given up, by then.
+    pub async fn ask_all(&self, task: &MemberTask, limit: Duration) -> Result<Vec<MemberReply>, AskError> {
+        let asks = self.seats.iter().map(|seat| self.ask(seat.id, task.clone(), limit));
+        let answers = join_all(asks).await;
+        answers.into_iter().collect()
+    }
+}
+
+/// Polls all to their end.
+pub async fn join_all<F: Future>(futures: impl IntoIterator<Item = F>) -> Vec<F::Output> {
+    let mut open: Vec<_> = futures.into_iter().map(Box::pin).collect();
+    let mut results: Vec<Option<F::Output>> = open.iter().map(|_| None).collect();
+    std::future::poll_fn(|cx| {
+        for (future, result) in open.iter_mut().zip(&mut results) {
+            if result.is_none() {
+                if let std::task::Poll::Ready(value) = future.as_mut().poll(cx) {
+                    *result = Some(value);
+                }
+            }
+        }
+        if results.iter().all(Option::is_some) {
+            std::task::Poll::Ready(())
+        } else {
+            std::task::Poll::Pending
+        }
+    })
+    .await;
+    results.into_iter().flatten().collect()
+}

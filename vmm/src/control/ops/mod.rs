@@ -1,0 +1,107 @@
+//! What can be done to a running VM as a whole, one thing at a time: [`pause`].
+//!
+//! An operation takes its [`Turn`] first; while one is under way all others are refused with its name, so none ever
+//! sees another half done. Operations run as tasks of their own: a client that goes away does not leave one half done.
+
+pub mod pause;
+
+use super::crew::{AskError, Crew};
+use super::shared::Shared;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+/// Why an operation was not done.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OpError {
+    /// Another one is under way, or the VM is in no state for it. Nothing was changed.
+    #[error("{0}")]
+    Refused(String),
+    /// It names something that does not exist. Nothing was changed.
+    #[error("{0}")]
+    NotFound(String),
+    /// It was begun and failed; the text says how things stand.
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl From<AskError> for OpError {
+    fn from(e: AskError) -> OpError {
+        OpError::Failed(e.to_string())
+    }
+}
+
+/// State of the operations of one VM.
+#[derive(Debug, Default)]
+pub struct Ops {
+    crew: OnceLock<Crew>,
+    /// What is under way.
+    turn: Mutex<Option<String>>,
+    /// Changed only by who has the turn.
+    pauses: Mutex<pause::Pauses>,
+}
+
+impl Ops {
+    /// The VM has these members.
+    pub fn staff(&self, crew: Crew) {
+        // Once, at the start.
+        let _ = self.crew.set(crew);
+    }
+
+    /// The members; none while the VM starts.
+    pub fn crew(&self) -> Option<&Crew> {
+        self.crew.get()
+    }
+
+    fn turn(&self) -> MutexGuard<'_, Option<String>> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn pauses(&self) -> MutexGuard<'_, pause::Pauses> {
+        self.pauses.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The right to change the VM as a whole; until it is dropped, nobody else has it.
+#[derive(Debug)]
+pub struct Turn {
+    shared: Arc<Shared>,
+}
+
+impl Turn {
+    /// Takes the turn for `what`, such as "a checkpoint", if the VM runs (or is paused) and nobody else has it.
+    ///
+    /// # Errors
+    /// [`OpError::Refused`].
+    pub fn take(shared: &Arc<Shared>, what: impl Into<String>) -> Result<Turn, OpError> {
+        use super::view::VmStatus;
+        match shared.info().status {
+            VmStatus::Running | VmStatus::Paused => {}
+            VmStatus::Starting => return Err(OpError::Refused("the VM is still starting".into())),
+            VmStatus::Ending => return Err(OpError::Refused("the VM is ending".into())),
+        }
+        let mut turn = shared.ops().turn();
+        if let Some(other) = &*turn {
+            return Err(OpError::Refused(format!("{other} is under way; try again when it is done")));
+        }
+        *turn = Some(what.into());
+        Ok(Turn { shared: shared.clone() })
+    }
+
+    /// What the operation works on.
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// The members.
+    ///
+    /// # Errors
+    /// The VM is still starting.
+    pub fn crew(&self) -> Result<&Crew, OpError> {
+        self.shared.ops().crew().ok_or_else(|| OpError::Refused("the VM is still starting".into()))
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        *self.shared.ops().turn() = None;
+    }
+}
