@@ -25,6 +25,9 @@ pub struct DsmConfig {
     pub deadline: Duration,
     /// Pages that the first touch of a page homed here brings along, 1 to 64.
     pub first_touch: u32,
+    /// Bytes of the memory that this member keeps; more goes back to where it is homed. `None` for all of it. The budgets of
+    /// all members together must hold the memory, with a few percent to spare, and each what is homed with it.
+    pub budget: Option<u64>,
     /// How many of the last faults are remembered for [`super::Dsm::take_fault_log`]; 0 for none.
     pub fault_log: usize,
 }
@@ -42,6 +45,7 @@ impl DsmConfig {
             shards: (cpus / 4).clamp(1, 8),
             deadline: Duration::from_secs(10),
             first_touch: 8,
+            budget: None,
             fault_log: 0,
         }
     }

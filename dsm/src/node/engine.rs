@@ -7,20 +7,25 @@
 //!
 //! No thread, socket or clock: those are behind [`Env`], so the simulation runs this code as it is.
 
+use super::evict::{Budget, Hands, Kind};
 use super::gang::Gang;
 use super::shard::{After, Env, PageBuf, Shard};
 use crate::addr::MemberId;
 use crate::layout::Page;
-use crate::protocol::pages::Share;
+use crate::protocol::cache::State;
+use crate::protocol::pages::{BLOCK, Share};
 use crate::protocol::{Core, CoreConfig, Event, Msg};
 use crate::stats::ShardStats;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
-/// The cores of a member. Lock order: a shard, then what [`Env`] locks; `gang` is taken alone.
+/// The cores of a member. Lock order: `hands`, then a shard, then what [`Env`] locks; `gang` is taken
+/// alone.
 pub(crate) struct Engine {
     bits: u32,
     shards: Vec<Mutex<Shard>>,
     gang: Mutex<Gang>,
+    budget: Arc<Budget>,
+    hands: Mutex<Hands>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -28,15 +33,28 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Engine {
-    /// `1 << bits` cores like this one, each for its share of the pages.
-    pub(crate) fn new(cfg: &CoreConfig, bits: u32) -> Engine {
+    /// `1 << bits` cores like this one, each for its share of the pages. `budget` is the number of pages to keep.
+    pub(crate) fn new(cfg: &CoreConfig, bits: u32, budget: Option<u64>) -> Engine {
+        let budget = Arc::new(Budget::new(budget));
         let shard = |index: u32| {
             let share = Share::new(index, bits);
             let token_key = cfg.token_key.wrapping_mul(u64::from(index) * 2 + 1);
             let stats = ShardStats::new(share, cfg.layout.pages());
-            Mutex::new(Shard::new(Core::new(CoreConfig { share, token_key, ..cfg.clone() }), stats))
+            let core = Core::new(CoreConfig { share, token_key, ..cfg.clone() });
+            Mutex::new(Shard::new(core, stats, budget.clone()))
         };
-        Engine { bits, shards: (0..1 << bits).map(shard).collect(), gang: Mutex::default() }
+        Engine {
+            bits,
+            shards: (0..1 << bits).map(shard).collect(),
+            gang: Mutex::default(),
+            hands: Mutex::default(),
+            budget,
+        }
+    }
+
+    /// How much of the memory is here.
+    pub(crate) fn budget(&self) -> &Budget {
+        &self.budget
     }
 
     /// The shard that has a page.
@@ -117,6 +135,35 @@ impl Engine {
         self.follow_up(env, after, now);
     }
 
+    /// Asks pages to go, unless another thread is at it.
+    fn evict(&self, env: &impl Env, now: u64, after: &mut After) {
+        let mut hands = match self.hands.try_lock() {
+            Ok(hands) => hands,
+            Err(TryLockError::Poisoned(e)) => e.into_inner(),
+            Err(TryLockError::WouldBlock) => return,
+        };
+        let is_gone = |page| self.shard(page).core.cache().state(page) == State::Invalid;
+        let mut missing = hands.missing(&self.budget, now, is_gone);
+        let pages = env.layout().pages();
+        for kind in [Kind::Clean, Kind::Modified] {
+            let mut looked = 0;
+            while missing > 0
+                && let Some(first) = hands.next(kind, pages, looked)
+            {
+                looked += 1;
+                let mut shard = self.shard(first);
+                for page in (first.0..pages.min(first.0 + BLOCK)).map(Page) {
+                    let is_of_kind = shard.core.can_evict(now, page) == Some(kind == Kind::Clean);
+                    if missing > 0 && is_of_kind && !hands.has_asked(page) {
+                        missing -= 1;
+                        hands.ask(page, now, &self.budget);
+                        after.add(process(&mut shard, env, now, Event::Evict { page }));
+                    }
+                }
+            }
+        }
+    }
+
     /// What is left to do without a lock.
     fn follow_up(&self, env: &impl Env, mut after: After, now: u64) {
         let woken = after.wake;
@@ -129,6 +176,9 @@ impl Engine {
             let missed = std::mem::take(&mut after.lost).into_iter().filter_map(|p| gang.lost(p)).collect();
             drop(gang);
             self.ask_ahead(env, missed, now, &mut after);
+        }
+        if woken.is_some() && self.budget.excess() > 0 {
+            self.evict(env, now, &mut after);
         }
         if let Some((peer, cause)) = after.failure {
             env.fail(peer, cause);

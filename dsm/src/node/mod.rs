@@ -4,6 +4,7 @@
 //!   waits for the network.
 //! - [`receive threads`](threads): one per peer. Reads frames, asks the core, fills pages and wakes their waiters itself.
 //! - [`gang`]: contended pages that are used together come back together.
+//! - [`evict`]: what goes when there is more here than the member may keep.
 //! - [`keeper`]: one thread for everything that waits: hold times, full sockets, heartbeats and deadlines.
 //! - [`engine`]: which cores are asked, in which order; [`shard`]: carries out what a core commands. Both run in the
 //!   simulation, too. [`shell`]: what all threads share. [`Dsm`] is the door.
@@ -12,6 +13,7 @@
 
 mod config;
 pub(crate) mod engine;
+pub(crate) mod evict;
 mod failure;
 mod gang;
 mod keeper;

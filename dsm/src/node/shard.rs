@@ -3,6 +3,7 @@
 //! No thread, socket or clock: those are behind [`Env`], so the simulation runs this code as it is.
 
 use super::PAGE;
+use super::evict::Budget;
 use super::failure::Cause;
 use crate::addr::{Epoch, MemberId};
 use crate::layout::{Layout, Page};
@@ -11,6 +12,7 @@ use crate::region::{Kernel, RegionError};
 use crate::seeded::{SeededFault, is_on};
 use crate::stats::ShardStats;
 use crate::transport::frame::Header;
+use std::sync::Arc;
 
 /// Page buffers kept for reuse per core.
 const SPARE: usize = 32;
@@ -104,11 +106,12 @@ pub(crate) struct Shard {
     pub(crate) stats: ShardStats,
     out: Vec<Command<PageBuf>>,
     spare: Vec<PageBuf>,
+    budget: Arc<Budget>,
 }
 
 impl Shard {
-    pub(crate) fn new(core: Core<PageBuf>, stats: ShardStats) -> Shard {
-        Shard { core, stats, out: Vec::new(), spare: Vec::new() }
+    pub(crate) fn new(core: Core<PageBuf>, stats: ShardStats, budget: Arc<Budget>) -> Shard {
+        Shard { core, stats, out: Vec::new(), spare: Vec::new(), budget }
     }
 
     /// Gives an event to the core and carries out what it commands.
@@ -161,6 +164,7 @@ impl Shard {
                     }
                     if drop {
                         kernel.discard(page)?;
+                        self.budget.add(-1);
                     }
                     stats.gave(page, is_zero);
                     let contents = if is_zero { Contents::Zero } else { Contents::Bytes(()) };
@@ -176,6 +180,7 @@ impl Shard {
             }
             Command::Drop { page } => {
                 kernel.discard(page)?;
+                self.budget.add(-1);
                 stats.dropped(page);
                 if self.core.cache().is_contended(page) {
                     after.lost.push(page);
@@ -184,6 +189,7 @@ impl Shard {
             Command::Install { page, right, contents, served } => {
                 let protect = right == Right::Shared;
                 let replaced = kernel.replaced();
+                self.budget.add(i64::from(!matches!(contents, Contents::Keep)));
                 match contents {
                     Contents::Bytes(bytes) => {
                         kernel.fill(page, &bytes, protect)?;
@@ -201,6 +207,7 @@ impl Shard {
             }
             Command::Zero { page, count, served } => {
                 kernel.fill_zero(page, count, false)?;
+                self.budget.add(i64::from(count));
                 stats.first_touch(page, count, &served, env.now());
                 after.wake = Some(page);
             }

@@ -153,7 +153,7 @@ impl Shell {
             first_touch: cfg.first_touch.clamp(1, crate::region::MAX_ZERO_RUN),
         };
         Ok(Shell {
-            engine: Engine::new(&core, SHARD_BITS),
+            engine: Engine::new(&core, SHARD_BITS, cfg.budget.map(|bytes| bytes / PAGE_SIZE)),
             layout: layout.clone(),
             members,
             region,
@@ -270,6 +270,7 @@ impl Shell {
             if run > 0 {
                 self.region.fill_run(page, now, false)?;
                 shard.stats.preloaded(run);
+                self.engine.budget().add(i64::from(run));
             } else if shard.core.preload(page, 1) == 1 {
                 let mut buf = [0; PAGE];
                 if let Some(room) = buf.get_mut(at..at + now.len()) {
@@ -277,6 +278,7 @@ impl Shell {
                 }
                 self.region.fill_run(page, &buf, false)?;
                 shard.stats.preloaded(1);
+                self.engine.budget().add(1);
             } else if shard.core.cache().state(page) == crate::protocol::cache::State::Modified {
                 self.region.write(page, at, now)?;
             } else {
@@ -358,6 +360,8 @@ impl Shell {
             total.add(&shard.stats, &self.layout);
         }
         total.write_to(&mut snapshot);
+        snapshot.evictions = self.engine.budget().asked();
+        snapshot.budget_bytes = self.cfg.budget;
         for link in self.links() {
             let [sent, bytes_sent, got, bytes_got] = link.traffic();
             snapshot.peers.push(PeerTraffic {

@@ -34,6 +34,8 @@ const STATE_MASK: u8 = 3;
 const LEVEL_SHIFT: u8 = 2;
 /// Stamps count units of 1024 ns and wrap; 0 means that the page never came from elsewhere.
 const STAMP_SHIFT: u32 = 10;
+/// An event may be this many units older than the page's stamp: a second.
+const SKEW: u32 = 1 << 20;
 
 /// A request of this member that is on its way.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -159,7 +161,10 @@ impl<D> Cache<D> {
     /// Time since the page came from elsewhere, in nanoseconds; `None` if it never did.
     fn age(&self, now: u64, page: Page) -> Option<u64> {
         let stamp = *self.stamps.get(self.share.slot(page))?;
-        (stamp != 0).then(|| u64::from(units(now).wrapping_sub(stamp)) << STAMP_SHIFT)
+        let age = units(now).wrapping_sub(stamp);
+        // Another thread may have taken its time before the one that put the page in place.
+        let age = if age > u32::MAX - SKEW { 0 } else { age };
+        (stamp != 0).then(|| u64::from(age) << STAMP_SHIFT)
     }
 
     fn next_token(&mut self) -> Token {
@@ -198,17 +203,21 @@ impl<D> Cache<D> {
         }
     }
 
+    /// The state of a page that may go: it is here, nothing about it is under way, and its hold time is over.
+    pub(super) fn evictable(&self, now: u64, page: Page) -> Option<State> {
+        let state = self.state(page);
+        let is_held = || self.age(now, page).is_some_and(|age| age <= self.hold.time(self.level(page)));
+        let is_free = !self.is_pending(page) && !self.deferred.contains_key(&page);
+        (state != State::Invalid && is_free && !is_held()).then_some(state)
+    }
+
     /// Asks the home to take a page back, or to forget this copy, unless something is under way here.
-    pub(super) fn evict(&mut self, page: Page, home: MemberId, fx: &mut Effects<D>) {
-        let has_place = match self.state(page) {
-            State::Invalid => false,
-            State::Shared => true,
-            State::Modified => home != self.me,
-        };
-        if !has_place || self.is_pending(page) || self.deferred.contains_key(&page) {
+    pub(super) fn evict(&mut self, now: u64, page: Page, home: MemberId, fx: &mut Effects<D>) {
+        let Some(state) = self.evictable(now, page) else { return };
+        if state == State::Modified && home == self.me {
             return;
         }
-        if self.state(page) == State::Shared && is_on(SeededFault::SilentEviction) {
+        if state == State::Shared && is_on(SeededFault::SilentEviction) {
             fx.push(Command::Drop { page });
             return self.set(page, State::Invalid);
         }
@@ -428,8 +437,11 @@ impl<D> Cache<D> {
             Right::Modified => State::Modified,
         };
         self.set(page, state);
-        if pending.remote {
+        // Who waited in line needs its time as well, even if nobody else had to answer in the end.
+        if pending.remote || now != pending.since {
             self.stamp(now, page);
+        }
+        if pending.remote {
             // What a contended page costs is mostly the others' holds.
             if !self.is_contended(page) {
                 self.hold.learn(now.saturating_sub(pending.since));

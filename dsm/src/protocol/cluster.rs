@@ -14,6 +14,8 @@ use std::time::Duration;
 
 /// The time of every event but timers; far from 0 so that ages can be computed.
 const NOW: u64 = 1 << 30;
+/// No hold is longer.
+const LONGEST: u64 = 1 << 31;
 
 /// A copy of a page in a member's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -134,7 +136,7 @@ impl Cluster {
 
     /// A member would like to be rid of a page.
     pub(super) fn evict(&mut self, member: u16, page: Page) {
-        self.handle(member, NOW, Event::Evict { page });
+        self.handle(member, NOW + LONGEST, Event::Evict { page });
     }
 
     /// A member dies with everything it has; what it sent and nobody has read is lost.

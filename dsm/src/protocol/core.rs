@@ -254,7 +254,7 @@ impl<D> Core<D> {
             }
             Event::Evict { page } => {
                 let Some(home) = self.home(page) else { return Ok(()) };
-                self.cache.evict(page, home, &mut self.fx);
+                self.cache.evict(now, page, home, &mut self.fx);
             }
             Event::Timer { page } => {
                 let Some(home) = self.home(page) else { return Ok(()) };
@@ -309,6 +309,19 @@ impl<D> Core<D> {
             Msg::InvAck { token } => self.cache.inv_ack(now, page, from, token, home, fx),
         };
         result.map_err(blame)
+    }
+
+    /// Whether [`Event::Evict`] would make a page go: `Some(true)` for one of several copies, `Some(false)` for the last.
+    pub fn can_evict(&self, now: u64, page: Page) -> Option<bool> {
+        let home = self.home(page)?;
+        let holders = (home == self.me).then(|| self.directory.holders(page));
+        match (self.cache.evictable(now, page)?, holders) {
+            (State::Modified, Some(_)) | (_, Some(Holders::Untouched | Holders::Modified { .. })) => None,
+            (_, Some(Holders::Shared { sharers, .. })) => {
+                (!sharers.without(self.me).is_empty() && !self.directory.is_busy(page)).then_some(true)
+            }
+            (state, None) => Some(state == State::Shared),
+        }
     }
 
     /// Whether a page is homed here and nobody has it or is about to.

@@ -78,11 +78,16 @@ impl fmt::Debug for Member {
 }
 
 impl Member {
-    pub(super) fn new(number: u16, core: &CoreConfig, peers: Vec<Option<Peer>>) -> Member {
+    pub(super) fn new(
+        number: u16,
+        core: &CoreConfig,
+        budget: Option<u64>,
+        peers: Vec<Option<Peer>>,
+    ) -> Member {
         let pages = core.layout.pages();
         Member {
             number,
-            engine: Engine::new(core, 0),
+            engine: Engine::new(core, 0, budget),
             memory: RefCell::new(Memory::new(pages)),
             peers,
             threads: RefCell::default(),

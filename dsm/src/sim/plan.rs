@@ -84,6 +84,8 @@ pub(super) struct Plan {
     pub(super) preload: bool,
     pub(super) hold: HoldConfig,
     pub(super) first_touch: u32,
+    /// Pages that a member may keep.
+    pub(super) budget: Option<u64>,
     pub(super) taste: Taste,
     pub(super) wire: Wire,
     /// Longest time that a thread of a member takes between two steps of its own work, in nanoseconds.
@@ -111,6 +113,7 @@ impl Plan {
             preload: rng.chance(300),
             hold: hold(rng),
             first_touch: [1, 1, 2, 8][rng.index(4)],
+            budget: [None, Some(rng.range(1, 4))][rng.index(2)],
             taste: taste(rng),
             wire: wire(rng),
             step: rng.range(200, 4 * US),

@@ -75,6 +75,8 @@ pub struct SimTally {
     pub aheads: u64,
     /// Times that contended pages were let go together.
     pub yields: u64,
+    /// Pages that were asked to go.
+    pub evictions: u64,
     /// Times that a member rested or was about to wait for another.
     pub rests: u64,
     /// Runs in which a member crashed, a connection broke or a forged frame was sent.
@@ -95,6 +97,7 @@ impl SimTally {
         self.aheads += t.aheads;
         self.yields += t.yields;
         self.rests += t.rests;
+        self.evictions += t.evictions;
         self.fatal += u64::from(is_fatal);
     }
 }

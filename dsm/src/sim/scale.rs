@@ -72,6 +72,7 @@ fn plan(load: Load) -> Plan {
         preload: false,
         hold: crate::protocol::hold::HoldConfig::default(),
         first_touch: 1,
+        budget: None,
         taste: Taste {
             writes: load.writes / 2,
             adds: load.writes / 2,

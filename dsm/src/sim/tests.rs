@@ -10,8 +10,19 @@ fn a_few_hundred_seeds_are_clean() {
     assert!(report.is_clean());
     let t = report.tally;
     let rare = [
-        t.accesses, t.faults, t.frames, t.holds, t.pauses, t.exists, t.again, t.full, t.fatal, t.aheads,
-        t.yields, t.rests,
+        t.accesses,
+        t.faults,
+        t.frames,
+        t.holds,
+        t.pauses,
+        t.exists,
+        t.again,
+        t.full,
+        t.fatal,
+        t.aheads,
+        t.yields,
+        t.rests,
+        t.evictions,
     ];
     assert!(rare.iter().all(|n| *n > 0), "something never happened: {t:?}");
 }

@@ -45,6 +45,7 @@ pub(super) struct Tally {
     pub(super) handled: u64,
     pub(super) aheads: u64,
     pub(super) yields: u64,
+    pub(super) evictions: u64,
     pub(super) rests: u64,
     /// Accesses that had to wait, and how long all of them together, in nanoseconds.
     pub(super) waits: u64,
@@ -123,7 +124,7 @@ impl World {
         let cores: Vec<CoreConfig> = (0..members).map(core).collect();
         let member = |core: &CoreConfig| {
             let me = core.me.0;
-            Member::new(me, core, (0..members).map(|other| peer(me, other)).collect())
+            Member::new(me, core, plan.budget, (0..members).map(|other| peer(me, other)).collect())
         };
         let mut world = World {
             members: cores.iter().map(member).collect(),
@@ -253,6 +254,7 @@ impl World {
             if self.sched.rng.chance(300) || home.engine.shard(*page).core.preload(*page, 1) == 0 {
                 continue;
             }
+            home.engine.budget().add(1);
             let words = std::array::from_fn::<u64, { WORDS.len() }, _>(|_| self.sched.rng.below(3));
             let bytes = self.truth.borrow_mut().preload(*page, words);
             let result = Place { world: self, member: home }.fill_run(*page, &bytes, false);
@@ -461,6 +463,7 @@ impl World {
         let kind = match input {
             Input::Ahead { .. } => Some("ahead"),
             Input::Yield => Some("yield"),
+            Input::Evict { .. } => Some("evict"),
             Input::Soften => Some("soften"),
             Input::Rest { .. } => Some("rest"),
             _ => None,
@@ -471,6 +474,7 @@ impl World {
         self.count(|t| match input {
             Input::Ahead { .. } => t.aheads += 1,
             Input::Yield => t.yields += 1,
+            Input::Evict { .. } => t.evictions += 1,
             Input::Soften | Input::Rest { resting: true } => t.rests += 1,
             _ => {}
         });

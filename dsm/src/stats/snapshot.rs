@@ -128,6 +128,12 @@ pub struct DsmSnapshot {
     pub pages_modified: u64,
     /// Bytes of both.
     pub resident_bytes: u64,
+    /// Bytes that this member may keep, if there is a limit.
+    #[serde(default)]
+    pub budget_bytes: Option<u64>,
+    /// How often a page was asked to go because of it.
+    #[serde(default)]
+    pub evictions: u64,
     /// Pages sent to other members, zero pages included.
     pub pages_given: u64,
     /// Zero pages among them; they moved no data.

@@ -103,6 +103,7 @@ fn print(report: &SimReport) {
         ("pages asked for along", t.aheads),
         ("yields", t.yields),
         ("rests", t.rests),
+        ("evictions", t.evictions),
         ("runs with a crash, a cut or a forged frame", t.fatal),
     ];
     output::line(&output::table(
