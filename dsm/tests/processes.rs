@@ -3,41 +3,24 @@
 
 mod common;
 
-use common::{ranges, usable};
+use common::usable;
 use dsm::addr::MemberId;
 use dsm::bench::group::Group;
 use dsm::bench::peer::{Answer, Order, Tuning};
 use dsm::bench::work::{Outcome, Work};
-use std::net::SocketAddr;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const PAGE: u64 = 4096;
 
-/// This very test binary as a member process: the test of this name does nothing unless it is told where to report.
-fn launcher(addr: SocketAddr) -> Command {
-    let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", "member_process"]).env("DSM_PEER_CONTROL", addr.to_string());
-    command.stdout(Stdio::null());
-    command
-}
-
 #[test]
 fn member_process() {
-    if let Ok(addr) = std::env::var("DSM_PEER_CONTROL") {
-        dsm::bench::peer_main(addr.parse().unwrap()).unwrap();
-    }
+    common::member_process();
 }
 
 fn start(members: u16, pages: u64, tuning: Tuning) -> Group {
-    // One range without holes: homes take turns of `pages` pages.
-    let homes: Vec<u16> = (0..members).collect();
-    let mut memory = ranges(&homes, pages);
-    for (n, range) in memory.iter_mut().enumerate() {
-        range.start = n as u64 * pages * PAGE;
-    }
-    Group::start(members, false, &memory, tuning, &launcher).unwrap()
+    common::processes(members, pages, tuning)
 }
 
 fn number(outcome: &Outcome) -> u64 {

@@ -3,7 +3,7 @@
 //! - [`fault`]: what one remote fault costs, over the physical floor measured in the same run ([`floor`]).
 //! - [`many`]: what the protocol costs as members grow, up to 64, over a simulated transport in this process.
 //! - [`group`]: starts member processes and gives them orders; [`peer`]: a member process that takes orders.
-//! - [`work`]: what members can be ordered to do with the memory.
+//! - [`work`]: what members can be ordered to do with the memory; [`mix`]: the random part of it.
 //!
 //! A program that runs them needs a hidden subcommand that calls [`peer_main`] with the address it is given.
 
@@ -11,6 +11,7 @@ pub mod fault;
 pub mod floor;
 pub mod group;
 pub mod many;
+pub mod mix;
 pub mod peer;
 pub mod work;
 

@@ -2,7 +2,7 @@
 
 use super::work::{Outcome, Work};
 use super::{BenchError, io_step};
-use crate::addr::{Epoch, HomeRange, MemberId};
+use crate::addr::{Epoch, HomeRange, MemberId, PAGE_SIZE};
 use crate::node::{Dsm, DsmConfig, HoldConfig};
 use crate::stats::DsmSnapshot;
 use crate::transport::mesh::{self, MeshConfig};
@@ -41,6 +41,8 @@ pub struct Tuning {
     pub shards: usize,
     /// A peer that is silent for this long, in milliseconds, is dead.
     pub deadline_ms: u64,
+    /// Pages that a member keeps; 0 for all.
+    pub budget_pages: u64,
 }
 
 impl Default for Tuning {
@@ -53,6 +55,7 @@ impl Default for Tuning {
             hold_transfers: hold.transfers,
             shards: 1,
             deadline_ms: 10_000,
+            budget_pages: 0,
         }
     }
 }
@@ -68,6 +71,8 @@ pub enum Order {
     Echo(SocketAddr),
     /// Work with the memory.
     Work(Work),
+    /// Tell the most resident memory that the process ever had, in bytes.
+    Peak,
     /// Tell the counters.
     Snapshot,
     /// Tell whether the memory has failed.
@@ -116,6 +121,7 @@ pub fn join(listener: TcpListener, membership: &Membership) -> Result<Dsm, Bench
     };
     cfg.shards = tuning.shards;
     cfg.deadline = Duration::from_millis(tuning.deadline_ms);
+    cfg.budget = (tuning.budget_pages > 0).then(|| tuning.budget_pages.saturating_mul(PAGE_SIZE));
     Ok(Dsm::start(cfg, links.collect())?)
 }
 
@@ -139,6 +145,14 @@ pub fn peer_main(control: SocketAddr) -> Result<(), BenchError> {
         }
     }
     Ok(())
+}
+
+/// The most memory that this process has had resident, in bytes.
+fn peak() -> Result<u64, String> {
+    let status = std::fs::read_to_string("/proc/self/status").map_err(|e| e.to_string())?;
+    let kib =
+        status.lines().find_map(|l| l.strip_prefix("VmHWM:")?.split_whitespace().next()?.parse::<u64>().ok());
+    kib.map(|kib| kib * 1024).ok_or_else(|| "the kernel does not tell".into())
 }
 
 #[derive(Default)]
@@ -174,6 +188,7 @@ impl State {
                 let dsm = self.dsm.as_ref().ok_or("snapshot before join")?;
                 Ok(Answer::Snapshot(Box::new(dsm.snapshot())))
             }
+            Order::Peak => Ok(Answer::Outcome(Outcome::Number(peak()?))),
             Order::Failure => {
                 let dsm = self.dsm.as_ref().ok_or("failure before join")?;
                 Ok(Answer::Failure(dsm.failure().map(|f| (f.peer, f.to_string()))))

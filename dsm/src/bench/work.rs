@@ -1,5 +1,6 @@
 //! What a member can be ordered to do with shared memory. Every workload checks what it can see by itself.
 
+use super::mix::Mix;
 use crate::addr::PAGE_SIZE;
 use crate::region::Memory;
 use serde::{Deserialize, Serialize};
@@ -50,6 +51,10 @@ pub enum Work {
         /// For how long, in milliseconds.
         millis: u64,
     },
+    /// Random reads, writes and locked sections.
+    Mix(Mix),
+    /// Adds up the locked sections of all members.
+    Sections(Mix),
     /// Store buffering with locked instructions (SB): stores 1 to its word `i`, then loads the other's word `i`.
     StoreThenLoad {
         /// Page to store to.
@@ -111,6 +116,8 @@ pub fn run(memory: Memory<'_>, work: &Work) -> Result<Outcome, String> {
             Ok(Outcome::Number(rounds))
         }),
         Work::CountPages { gpa, pages, own, millis } => count_pages(memory, gpa, pages, own, millis),
+        Work::Mix(mix) => mix.run(memory),
+        Work::Sections(mix) => mix.sections(memory),
         Work::StoreThenLoad { store, load } => {
             let pairs = memory.words(store).zip(memory.words(load));
             Ok(Outcome::Values(

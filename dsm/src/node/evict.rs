@@ -33,6 +33,7 @@ pub(crate) struct Budget {
     /// Pages; `None` for as many as there are.
     most: Option<u64>,
     here: AtomicI64,
+    peak: AtomicI64,
     asked: AtomicU64,
 }
 
@@ -43,12 +44,20 @@ impl Budget {
 
     /// Pages have come, or gone if negative.
     pub(crate) fn add(&self, pages: i64) {
-        self.here.fetch_add(pages, Ordering::Relaxed);
+        let here = self.here.fetch_add(pages, Ordering::Relaxed) + pages;
+        if pages > 0 {
+            self.peak.fetch_max(here, Ordering::Relaxed);
+        }
     }
 
     /// Pages that are here.
     pub(crate) fn here(&self) -> u64 {
         u64::try_from(self.here.load(Ordering::Relaxed)).unwrap_or(0)
+    }
+
+    /// Most pages that were ever here.
+    pub(crate) fn peak(&self) -> u64 {
+        u64::try_from(self.peak.load(Ordering::Relaxed)).unwrap_or(0)
     }
 
     /// How often a page was asked to go.

@@ -361,6 +361,7 @@ impl Shell {
         }
         total.write_to(&mut snapshot);
         snapshot.evictions = self.engine.budget().asked();
+        snapshot.peak_bytes = self.engine.budget().peak() * PAGE_SIZE;
         snapshot.budget_bytes = self.cfg.budget;
         for link in self.links() {
             let [sent, bytes_sent, got, bytes_got] = link.traffic();

@@ -26,7 +26,7 @@ fn is_in_protocol(fault: SeededFault) -> bool {
 
 fn row(fault: SeededFault) -> String {
     let options = SimOptions {
-        seeds: 5000,
+        seeds: 20_000,
         fault: Some(fault),
         stop_at_first: true,
         workers: 1,

@@ -128,6 +128,9 @@ pub struct DsmSnapshot {
     pub pages_modified: u64,
     /// Bytes of both.
     pub resident_bytes: u64,
+    /// Most bytes that were ever here.
+    #[serde(default)]
+    pub peak_bytes: u64,
     /// Bytes that this member may keep, if there is a limit.
     #[serde(default)]
     pub budget_bytes: Option<u64>,

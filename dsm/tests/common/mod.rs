@@ -2,9 +2,12 @@
 #![allow(dead_code)]
 
 use dsm::addr::{Epoch, HomeRange, MemberId};
+use dsm::bench::group::Group;
+use dsm::bench::peer::Tuning;
 use dsm::node::{Dsm, DsmConfig};
 use dsm::transport::mesh::{self, MeshConfig};
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
@@ -59,4 +62,32 @@ pub fn group(n: u16, memory: &[HomeRange], tune: impl Fn(&mut DsmConfig) + Sync)
             .collect();
         members.into_iter().map(|m| m.join().unwrap()).collect()
     })
+}
+
+/// Members in processes of their own.
+pub type Processes = Group;
+
+/// This very test binary as a member process: its test `member_process` does nothing unless it is told where to report.
+pub fn launcher(addr: SocketAddr) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "member_process"]).env("DSM_PEER_CONTROL", addr.to_string());
+    command.stdout(Stdio::null());
+    command
+}
+
+/// The body of the test `member_process`.
+pub fn member_process() {
+    if let Ok(addr) = std::env::var("DSM_PEER_CONTROL") {
+        dsm::bench::peer_main(addr.parse().unwrap()).unwrap();
+    }
+}
+
+/// Starts a process per member; each is home of `pages` pages, one range behind the other without holes.
+pub fn processes(members: u16, pages: u64, tuning: Tuning) -> Group {
+    let homes: Vec<u16> = (0..members).collect();
+    let mut memory = ranges(&homes, pages);
+    for (n, range) in (0u64..).zip(&mut memory) {
+        range.start = n * pages * 4096;
+    }
+    Group::start(members, false, &memory, tuning, &launcher).unwrap()
 }
