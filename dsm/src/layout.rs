@@ -110,6 +110,12 @@ impl Layout {
         self.span_of(page).map(|s| s.range.home)
     }
 
+    /// The pages behind a page, in its range.
+    pub fn following(&self, page: Page) -> impl Iterator<Item = Page> + use<> {
+        let end = self.span_of(page).map_or(0, |s| s.first + s.pages);
+        (page.0.saturating_add(1)..end).map(Page)
+    }
+
     fn span_of(&self, page: Page) -> Option<&Span> {
         let at = self.spans.partition_point(|s| s.first + s.pages <= page.0);
         self.spans.get(at)
@@ -136,6 +142,9 @@ mod tests {
         assert_eq!(layout.home_of(Page(1)), Some(MemberId(0)));
         assert_eq!(layout.home_of(Page(2)), Some(MemberId(1)));
         assert_eq!(layout.home_of(Page(5)), None);
+        assert!(layout.following(Page(0)).eq([Page(1)]));
+        assert!(layout.following(Page(2)).eq([Page(3), Page(4)]));
+        assert!(layout.following(Page(9)).next().is_none());
     }
 
     #[test]

@@ -258,7 +258,7 @@ fn weigh(members: u16) -> Result<f64, BenchError> {
     let mut out = Vec::new();
     for n in 0..WEIGHED_PAGES {
         let from = MemberId(1 + u16::try_from(n % u32::from(members - 1)).unwrap_or(0));
-        let msg = Msg::Get { write: true, token: Token(u64::from(n)) };
+        let msg = Msg::Get { write: true, token: Token(u64::from(n)), hint: false };
         let event = Event::Message { from, page: Page(n), msg };
         core.handle(1 << 30, event, &mut out)
             .map_err(|v| BenchError::Simulation { members, what: v.to_string() })?;
@@ -288,10 +288,10 @@ mod tests {
         println!("{report}");
         assert_eq!(report.mixed.sizes.len(), 4);
         // Steps, not times or resident bytes: those are shared with the tests that run meanwhile.
-        // Few members with few pages call gangs of up to 24 pages.
+        // Few members with few pages call gangs of up to 64 pages, and many faults are neighbours by chance.
         let steps: Vec<f64> = report.mixed.sizes.iter().map(|s| s.steps_per_fault).collect();
-        assert!(steps.iter().all(|s| (3.0..150.0).contains(s)), "{steps:?}");
-        assert!(steps.last().is_some_and(|s| *s < 8.0), "{steps:?}");
+        assert!(steps.iter().all(|s| (3.0..300.0).contains(s)), "{steps:?}");
+        assert!(steps.last().is_some_and(|s| *s < 30.0), "{steps:?}");
         // The most that a write can take: request, forward, 62 invalidations and their acknowledgements, grant, done.
         let most = report.read_mostly.sizes.iter().map(|s| s.messages_per_fault).fold(0.0, f64::max);
         assert!(most < 128.0, "{most}");

@@ -10,15 +10,17 @@
 use super::evict::{Budget, Hands, Kind};
 use super::gang::Gang;
 use super::shard::{After, Env, PageBuf, Shard};
+use super::stream::Streams;
 use crate::addr::MemberId;
 use crate::layout::Page;
 use crate::protocol::cache::State;
 use crate::protocol::pages::{BLOCK, Share};
-use crate::protocol::{Core, CoreConfig, Event, Msg};
+use crate::protocol::slots::Slots;
+use crate::protocol::{Core, CoreConfig, Event, MemberSet, Msg};
 use crate::stats::ShardStats;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
-/// The cores of a member. Lock order: `hands`, then a shard, then what [`Env`] locks; `gang` is taken
+/// The cores of a member. Lock order: `hands`, then a shard, then what [`Env`] locks; `gang` and `streams` are taken
 /// alone.
 pub(crate) struct Engine {
     bits: u32,
@@ -26,6 +28,7 @@ pub(crate) struct Engine {
     gang: Mutex<Gang>,
     budget: Arc<Budget>,
     hands: Mutex<Hands>,
+    streams: Mutex<Streams>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -47,6 +50,7 @@ impl Engine {
             bits,
             shards: (0..1 << bits).map(shard).collect(),
             gang: Mutex::default(),
+            streams: Mutex::default(),
             hands: Mutex::default(),
             budget,
         }
@@ -78,6 +82,11 @@ impl Engine {
         if is_remote && is_contended {
             let companions = lock(&self.gang).call(page);
             self.ask_ahead(env, companions, now, &mut after);
+        } else if is_remote {
+            let window = lock(&self.streams).fault(page);
+            for next in env.layout().following(page).take(usize::try_from(window).unwrap_or(0)) {
+                after.add(process(&mut self.shard(next), env, now, Event::Hint { page: next, write }));
+            }
         }
         self.follow_up(env, after, now);
         is_remote
@@ -107,7 +116,23 @@ impl Engine {
         }
     }
 
-    /// A message has come. `bytes` is its page, if it has one.
+    /// The members have agreed on their slots.
+    pub(crate) fn set_slots(&self, env: &impl Env, now: u64, slots: Slots) {
+        for mut shard in self.shards() {
+            process(&mut shard, env, now, Event::Slots(slots));
+        }
+    }
+
+    /// What a remote fault costs here, in nanoseconds: the median of what the shards have seen; 0 if none has seen any.
+    pub(crate) fn transfer(&self) -> u64 {
+        let mut costs: Vec<u64> =
+            self.shards().map(|s| s.core.cache().transfer()).filter(|c| *c != 0).collect();
+        costs.sort_unstable();
+        costs.get(costs.len() / 2).copied().unwrap_or(0)
+    }
+
+    /// A message has come. `bytes` is its page, if it has one. Returns the peers for whom frames are queued: the caller
+    /// flushes, when it has no more messages at hand.
     pub(crate) fn message(
         &self,
         env: &impl Env,
@@ -116,17 +141,20 @@ impl Engine {
         page: Page,
         msg: Msg<()>,
         bytes: &[u8],
-    ) {
+    ) -> MemberSet {
         let mut shard = self.shard(page);
         let msg = shard.attach(msg, bytes);
         let after = process(&mut shard, env, now, Event::Message { from, page, msg });
         drop(shard);
-        self.follow_up(env, after, now);
+        self.settle(env, after, now)
     }
 
-    /// A hold time has run out.
-    pub(crate) fn timer(&self, env: &impl Env, now: u64, page: Page) {
-        let mut after = process(&mut self.shard(page), env, now, Event::Timer { page });
+    /// Hold times have run out.
+    pub(crate) fn timers(&self, env: &impl Env, now: u64, pages: &[Page]) {
+        let mut after = After::default();
+        for page in pages {
+            after.add(process(&mut self.shard(*page), env, now, Event::Timer { page: *page }));
+        }
         if !after.lost.is_empty() {
             for mut shard in self.shards() {
                 after.add(process(&mut shard, env, now, Event::Yield));
@@ -164,8 +192,13 @@ impl Engine {
         }
     }
 
-    /// What is left to do without a lock.
-    fn follow_up(&self, env: &impl Env, mut after: After, now: u64) {
+    fn follow_up(&self, env: &impl Env, after: After, now: u64) {
+        let talk = self.settle(env, after, now);
+        env.flush(talk, now);
+    }
+
+    /// What is left to do without a lock, but for writing to the peers that it returns.
+    fn settle(&self, env: &impl Env, mut after: After, now: u64) -> MemberSet {
         let woken = after.wake;
         after.wake(env.kernel());
         if woken.is_some() || !after.lost.is_empty() {
@@ -183,7 +216,7 @@ impl Engine {
         if let Some((peer, cause)) = after.failure {
             env.fail(peer, cause);
         }
-        env.flush(after.talk, now);
+        after.talk
     }
 }
 

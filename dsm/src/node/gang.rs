@@ -4,13 +4,30 @@
 //! upper page tables writable, all of them at once, for any instruction. Two members that fetch them one by one spend the
 //! hold time of the first on waiting for the last. So a member remembers which contended pages it lost, and when it faults
 //! on one of them it asks for the others in the same go: one round trip for the whole working set.
+//!
+//! Nobody can see whether a page that came along is used. So each sits out now and then: if it is still needed a thread
+//! faults on it, and it will sit out half as often; if not it is gone.
 
 use crate::layout::Page;
+use std::collections::HashMap;
 
 /// Most pages that are asked for together.
-const MOST: usize = 24;
-/// Of so many calls a page sits out one: if it is still needed it faults and is back in the gang, if not it is gone.
-const SIT_OUT: u32 = 16;
+const MOST: usize = 64;
+/// A new page sits out one call of so many.
+const FIRST_TERM: u32 = 16;
+/// How often the time between two such calls can double.
+const MOST_DOUBLINGS: u8 = 8;
+/// Pages whose habits are remembered.
+const HABITS: usize = 512;
+
+/// What is known of a page's use.
+#[derive(Clone, Copy, Debug)]
+struct Habit {
+    /// How often it was missed when it sat out.
+    missed: u8,
+    /// The call at which it sits out next.
+    due: u32,
+}
 
 /// Contended pages that this member lost and did not ask for since.
 #[derive(Debug, Default)]
@@ -19,6 +36,7 @@ pub(super) struct Gang {
     /// The page whose fault called the gang last, until it comes.
     called: Option<Page>,
     calls: u32,
+    habits: HashMap<Page, Habit>,
 }
 
 impl Gang {
@@ -50,9 +68,38 @@ impl Gang {
     pub(super) fn call(&mut self, page: Page) -> Vec<Page> {
         self.called = Some(page);
         self.calls = self.calls.wrapping_add(1);
-        let turn = self.calls;
-        let sits_out = |p: &Page| p.0.wrapping_add(turn) % SIT_OUT == 0;
-        std::mem::take(&mut self.lost).into_iter().filter(|p| *p != page && !sits_out(p)).collect()
+        self.missed(page);
+        let lost = std::mem::take(&mut self.lost);
+        lost.into_iter().filter(|p| *p != page && !self.sits_out(*p)).collect()
+    }
+
+    /// A thread needed the page before it was asked for.
+    fn missed(&mut self, page: Page) {
+        if self.habits.len() >= HABITS {
+            // Those that nobody ever missed are learnt again at no cost.
+            self.habits.retain(|_, h| h.missed > 0);
+        }
+        if self.habits.len() >= HABITS {
+            self.habits.clear();
+        }
+        let calls = self.calls;
+        let habit = self.habits.entry(page).or_insert(Habit { missed: 0, due: calls });
+        habit.missed = (habit.missed + 1).min(MOST_DOUBLINGS);
+        // Not all that began together sit out together.
+        habit.due = calls.wrapping_add((FIRST_TERM << habit.missed) + page.0 % FIRST_TERM);
+    }
+
+    /// Whether the page is left out of this call.
+    fn sits_out(&mut self, page: Page) -> bool {
+        let due = match self.habits.get(&page) {
+            Some(habit) => habit.due,
+            None => {
+                let due = self.calls.wrapping_add(FIRST_TERM + page.0 % FIRST_TERM);
+                self.habits.insert(page, Habit { missed: 0, due });
+                due
+            }
+        };
+        self.calls.wrapping_sub(due) < u32::MAX / 2
     }
 }
 
@@ -75,19 +122,51 @@ mod tests {
         assert_eq!(gang.lost(Page(5)), None);
     }
 
-    #[test]
-    fn a_gang_is_bounded_and_every_page_sits_out_in_turn() {
+    /// Loses pages 1 and 2, faults on 1, `rounds` times; says in which rounds 2 was not asked for. With `needed` a thread
+    /// faults on 2 then, without, 2 does not come back and is not lost again.
+    fn absences(rounds: u32, needed: bool) -> Vec<u32> {
         let mut gang = Gang::default();
-        (0..100).for_each(|n| assert_eq!(gang.lost(Page(n)), None));
-        assert!(gang.call(Page(99)).len() < MOST);
-        let mut gang = Gang::default();
-        let mut sat_out = 0;
-        for _ in 0..SIT_OUT {
+        let mut is_here = true;
+        let mut absent = Vec::new();
+        for round in 0..rounds {
             gang.lost(Page(1));
-            gang.lost(Page(2));
-            sat_out += u32::from(gang.call(Page(1)).is_empty());
+            if is_here {
+                gang.lost(Page(2));
+            }
+            is_here = gang.call(Page(1)).contains(&Page(2));
             gang.came(Page(1));
+            if !is_here {
+                absent.push(round);
+                if needed {
+                    gang.call(Page(2));
+                    gang.came(Page(2));
+                    is_here = true;
+                }
+            }
         }
-        assert_eq!(sat_out, 1);
+        absent
+    }
+
+    #[test]
+    fn a_page_that_is_needed_sits_out_less_and_less() {
+        let absent = absences(2000, true);
+        assert!((4..10).contains(&absent.len()), "{absent:?}");
+        assert!(absent.windows(3).all(|w| w[2] - w[1] > w[1] - w[0]), "{absent:?}");
+    }
+
+    #[test]
+    fn a_page_that_is_not_needed_is_soon_gone() {
+        let absent = absences(200, false);
+        assert!(absent.first().is_some_and(|first| *first <= 2 * FIRST_TERM));
+        assert_eq!(absent.len() as u32, 200 - absent[0]);
+    }
+
+    #[test]
+    fn a_gang_is_bounded() {
+        let mut gang = Gang::default();
+        (0..10_000).for_each(|n| assert_eq!(gang.lost(Page(n)), None));
+        assert!(gang.call(Page(9_999)).len() < MOST);
+        (0..10_000).for_each(|n| drop(gang.call(Page(n))));
+        assert!(gang.habits.len() <= HABITS);
     }
 }

@@ -17,6 +17,9 @@ use std::time::{Duration, Instant};
 /// Time that peers have to notice a farewell.
 const LINGER: Duration = Duration::from_millis(500);
 
+/// Nanoseconds between two beats of the slots' clock.
+const LEAD: u64 = 250_000_000;
+
 /// What other threads tell the keeper.
 #[derive(Debug)]
 pub(super) struct Keeper {
@@ -88,11 +91,20 @@ pub(super) fn run(shell: &Shell) {
     let deadline = u64::try_from(shell.config().deadline.as_nanos()).unwrap_or(u64::MAX).max(4_000_000);
     let beat = deadline / 4;
     let mut checked = shell.now();
+    let mut next_beat = 0;
     while shell.is_running() {
+        let mut due = Vec::new();
         while let Some(page) = keeper.due(shell.now()) {
-            shell.timer(page);
+            due.push(page);
+        }
+        if !due.is_empty() {
+            shell.timers(&due);
         }
         let now = shell.now();
+        if now >= next_beat {
+            next_beat = now.saturating_add(LEAD);
+            shell.flush_quietly(shell.lead());
+        }
         if now.saturating_sub(checked) >= beat {
             // This process was stopped, or starved: its peers' words may still wait to be read.
             if now.saturating_sub(checked) > 2 * beat {
@@ -101,7 +113,7 @@ pub(super) fn run(shell: &Shell) {
             checked = now;
             heartbeat(shell, now, beat, deadline);
         }
-        wait(shell, keeper.next().unwrap_or(u64::MAX).min(checked + beat));
+        wait(shell, keeper.next().unwrap_or(u64::MAX).min(checked + beat).min(next_beat));
     }
     if shell.is_leaving() {
         linger(shell);

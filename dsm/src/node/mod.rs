@@ -17,8 +17,10 @@ pub(crate) mod evict;
 mod failure;
 mod gang;
 mod keeper;
+mod pace;
 pub(crate) mod shard;
 mod shell;
+mod stream;
 mod threads;
 
 pub use config::{DsmConfig, HoldConfig};

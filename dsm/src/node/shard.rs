@@ -234,7 +234,8 @@ impl Shard {
                 };
                 Msg::Grant { terms, contents }
             }
-            Msg::Get { write, token } => Msg::Get { write, token },
+            Msg::Get { write, token, hint } => Msg::Get { write, token, hint },
+            Msg::Decline { token } => Msg::Decline { token },
             Msg::Forward { requester, terms, data } => Msg::Forward { requester, terms, data },
             Msg::Invalidate { requester, token } => Msg::Invalidate { requester, token },
             Msg::InvAck { token } => Msg::InvAck { token },

@@ -4,6 +4,7 @@ use super::config::DsmConfig;
 use super::engine::Engine;
 use super::failure::{Cause, DsmFailure};
 use super::keeper::Keeper;
+use super::pace::Pace;
 use super::shard::Env;
 use super::{DsmError, PAGE};
 use crate::addr::{Epoch, MAX_MEMBERS, MemberId, PAGE_SIZE};
@@ -41,6 +42,7 @@ pub(super) struct Shell {
     engine: Engine,
     links: Vec<Option<Link>>,
     keeper: Keeper,
+    pace: Pace,
     state: AtomicU8,
     report: Mutex<Report>,
     log: Option<Mutex<FaultLog>>,
@@ -154,6 +156,7 @@ impl Shell {
         };
         Ok(Shell {
             engine: Engine::new(&core, SHARD_BITS, cfg.budget.map(|bytes| bytes / PAGE_SIZE)),
+            pace: Pace::new(cfg.me, members, &cfg.hold),
             layout: layout.clone(),
             members,
             region,
@@ -230,14 +233,47 @@ impl Shell {
         self.engine.rest(self, self.now(), resting);
     }
 
-    /// A message has come. `bytes` is its page, if it has one.
-    pub(super) fn message(&self, from: MemberId, page: Page, msg: Msg<()>, bytes: &[u8]) {
-        self.engine.message(self, self.now(), from, page, msg, bytes);
+    /// A message has come. `bytes` is its page, if it has one. Returns the peers to be written to, with [`Shell::talk`],
+    /// when no more messages are at hand.
+    pub(super) fn message(&self, from: MemberId, page: Page, msg: Msg<()>, bytes: &[u8]) -> MemberSet {
+        self.engine.message(self, self.now(), from, page, msg, bytes)
     }
 
-    /// A hold time has run out.
-    pub(super) fn timer(&self, page: Page) {
-        self.engine.timer(self, self.now(), page);
+    /// Writes what is queued for these peers.
+    pub(super) fn talk(&self, peers: MemberSet) {
+        self.flush(peers, self.now());
+    }
+
+    /// The member that leads has told its time.
+    pub(super) fn beat(&self, from: MemberId, clock: u64, shift: u8) {
+        let now = self.now();
+        if self.pace.is_led_by(from)
+            && let Some(slots) = self.pace.follow(now, clock, shift)
+        {
+            self.engine.set_slots(self, now, slots);
+        }
+    }
+
+    /// Tells all peers the time of the slots, if this member leads. Returns the peers that now have something queued.
+    pub(super) fn lead(&self) -> MemberSet {
+        if !self.pace.is_led_by(self.cfg.me) {
+            return MemberSet::EMPTY;
+        }
+        let (shift, changed) = self.pace.lead(self.engine.transfer());
+        if let Some(slots) = changed {
+            self.engine.set_slots(self, self.now(), slots);
+        }
+        let mut talk = MemberSet::EMPTY;
+        for link in self.links().filter(|l| shift != 0 && !l.has_left() && l.full_since() == 0) {
+            link.push(&Header::beat(self.cfg.me, self.cfg.epoch, self.now(), shift));
+            talk = talk.with(link.peer());
+        }
+        talk
+    }
+
+    /// Hold times have run out.
+    pub(super) fn timers(&self, pages: &[Page]) {
+        self.engine.timers(self, self.now(), pages);
     }
 
     /// Writes to the sockets, for the keeper: it will look again by itself.

@@ -3,6 +3,7 @@
 use super::failure::Cause;
 use super::shell::Shell;
 use crate::addr::MemberId;
+use crate::protocol::MemberSet;
 use crate::transport::frame::{Frame, Rules};
 use crate::transport::link::Link;
 use crate::transport::reader::{FrameReader, ReadError};
@@ -88,7 +89,13 @@ fn frames(shell: &Shell, link: &Link) -> Result<(), Cause> {
     let peer = link.peer();
     let mut reader = FrameReader::new(link.stream());
     let rules = Rules { peer, epoch: shell.config().epoch, layout: shell.layout(), members: shell.members() };
+    let mut talk = MemberSet::EMPTY;
     while shell.is_running() {
+        // Requests come in bursts (pages that are used together), and so do the answers: one write for all that are at
+        // hand costs less than one for each.
+        if !talk.is_empty() && !reader.has_next() {
+            shell.talk(std::mem::take(&mut talk));
+        }
         let (header, bytes) = match reader.next(|n| link.note_read(shell.now(), n)) {
             Ok(next) => next,
             Err(ReadError::Closed) if link.has_left() => return Ok(()),
@@ -97,8 +104,9 @@ fn frames(shell: &Shell, link: &Link) -> Result<(), Cause> {
         };
         link.note_message();
         match header.decode(&rules, || ()).map_err(|e| Cause::Violation(e.to_string()))? {
-            Frame::Page(page, msg) => shell.message(peer, page, msg, bytes),
+            Frame::Page(page, msg) => talk = MemberSet(talk.0 | shell.message(peer, page, msg, bytes).0),
             Frame::Ping => {}
+            Frame::Beat { clock, shift } => shell.beat(peer, clock, shift),
             Frame::Bye => {
                 link.set_left();
                 link.answer_farewell();

@@ -13,6 +13,7 @@ use super::core::{Command, Effects};
 use super::hold::Hold;
 use super::message::{Contents, MemberSet, Msg, Right, Served, Terms, Token, Want};
 use super::pages::Share;
+use super::slots::Slots;
 use crate::addr::MemberId;
 use crate::layout::Page;
 use crate::seeded::{SeededFault, is_on};
@@ -49,9 +50,26 @@ struct Pending<D> {
     remote: bool,
     /// No thread has touched the page yet.
     ahead: bool,
+    /// The home may decline.
+    hint: bool,
     /// Who acknowledged so far.
     acked: MemberSet,
     grant: Option<(Terms, Contents<D>)>,
+}
+
+/// Why a page is asked for.
+#[derive(Clone, Copy, Debug)]
+struct Reason {
+    write: bool,
+    ahead: bool,
+    hint: bool,
+}
+
+impl Reason {
+    /// A thread waits for it.
+    fn fault(write: bool) -> Reason {
+        Reason { write, ahead: false, hint: false }
+    }
 }
 
 /// What the home asks of a member that has a page.
@@ -61,6 +79,16 @@ pub(super) enum Demand {
     Give { requester: MemberId, terms: Terms, data: bool },
     /// Drop it and tell `requester`.
     Drop { requester: MemberId, token: Token },
+}
+
+impl Demand {
+    /// Who is to get the page, and its token.
+    fn requester(self) -> (MemberId, Token) {
+        match self {
+            Demand::Give { requester, terms, .. } => (requester, terms.token),
+            Demand::Drop { requester, token } => (requester, token),
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -79,6 +107,10 @@ pub struct Cache<D> {
     pending: BTreeMap<Page, Pending<D>>,
     deferred: BTreeMap<Page, Deferred>,
     hold: Hold,
+    slots: Slots,
+    /// The last slot of which this member has had its part: nobody here used the memory for a while, or waited for
+    /// another member.
+    served: Option<u64>,
     /// Nobody here uses the memory at the moment.
     resting: bool,
     /// Until then somebody here waits for another member.
@@ -101,6 +133,8 @@ impl<D> Cache<D> {
             pending: BTreeMap::new(),
             deferred: BTreeMap::new(),
             hold,
+            slots: Slots::default(),
+            served: None,
             resting: false,
             soft_until: 0,
             key,
@@ -167,7 +201,7 @@ impl<D> Cache<D> {
         (stamp != 0).then(|| u64::from(age) << STAMP_SHIFT)
     }
 
-    fn next_token(&mut self) -> Token {
+    fn next_token(&mut self, now: u64) -> Token {
         self.requests = self.requests.wrapping_add(1);
         // SplitMix64: peers that are not told a token can't guess it from others.
         let mut z = self.key.wrapping_add(self.requests.wrapping_mul(0x9E37_79B9_7F4A_7C15));
@@ -178,7 +212,13 @@ impl<D> Cache<D> {
         } else {
             z = self.requests;
         }
-        Token(z)
+        Token(z).patient(self.is_patient(now))
+    }
+
+    /// Whether this member has had its part of the present slot.
+    fn is_patient(&self, now: u64) -> bool {
+        let slot = self.slots.number(now);
+        slot.is_some() && slot == self.served
     }
 
     /// A thread of this member touched a page without the right to.
@@ -188,18 +228,21 @@ impl<D> Cache<D> {
             State::Shared if !write => return fx.push(Command::Wake { page }),
             _ => {}
         }
+        // A contended page that is read is written next: one request instead of two (migratory sharing; Stenstrom, Brorsson,
+        // Sandberg 1993).
+        let write = write || self.is_contended(page);
         if let Some(pending) = self.pending.get_mut(&page) {
-            pending.then_write |= write && !pending.write;
+            pending.then_write |= write && (!pending.write || pending.hint);
             pending.ahead = false;
             return;
         }
-        self.request(now, page, write, false, home, fx);
+        self.request(now, page, Reason::fault(write), home, fx);
     }
 
     /// Asks for a page that a thread of this member is about to miss, unless it is here or on its way.
     pub(super) fn ahead(&mut self, now: u64, page: Page, home: MemberId, fx: &mut Effects<D>) {
         if self.state(page) == State::Invalid && !self.is_pending(page) {
-            self.request(now, page, true, true, home, fx);
+            self.request(now, page, Reason { write: true, ahead: true, hint: false }, home, fx);
         }
     }
 
@@ -221,7 +264,7 @@ impl<D> Cache<D> {
             fx.push(Command::Drop { page });
             return self.set(page, State::Invalid);
         }
-        let token = self.next_token();
+        let token = self.next_token(now);
         fx.send(home, page, Msg::Put { token });
     }
 
@@ -245,6 +288,36 @@ impl<D> Cache<D> {
         Ok(())
     }
 
+    /// Asks for a page that a thread of this member may touch, unless it is here or on its way.
+    pub(super) fn hint(&mut self, now: u64, page: Page, write: bool, home: MemberId, fx: &mut Effects<D>) {
+        if self.state(page) == State::Invalid && !self.is_pending(page) && !self.is_contended(page) {
+            self.request(now, page, Reason { write, ahead: true, hint: true }, home, fx);
+        }
+    }
+
+    /// The home would rather not.
+    pub(super) fn declined(
+        &mut self,
+        now: u64,
+        page: Page,
+        from: MemberId,
+        token: Token,
+        home: MemberId,
+        fx: &mut Effects<D>,
+    ) -> Result<(), Rule> {
+        let pending = self.pending.get(&page).filter(|p| p.hint && p.token == token && from == home);
+        let Some(pending) = pending else { return Err("declined what nobody asked for") };
+        if pending.grant.is_some() || !pending.acked.is_empty() {
+            return Err("declined what was granted");
+        }
+        let (is_awaited, write) = (!pending.ahead, pending.then_write);
+        self.pending.remove(&page);
+        if is_awaited {
+            self.request(now, page, Reason::fault(write), home, fx);
+        }
+        Ok(())
+    }
+
     /// Whether others ask for the page again and again right after it came.
     pub fn is_contended(&self, page: Page) -> bool {
         self.hold.is_contended(self.level(page))
@@ -258,17 +331,40 @@ impl<D> Cache<D> {
         fx: &mut Effects<D>,
     ) {
         self.soft_until = now.saturating_add(self.hold.soft());
-        self.yield_contended(now, home_of, fx);
+        self.served = self.slots.number(now);
+        self.let_go(now, |_| true, home_of, fx);
     }
 
-    /// Lets go of all contended pages that somebody waits for.
+    /// Lets go of the contended pages that somebody waits for, those whose hold is over if there are slots.
     pub(super) fn yield_contended(
         &mut self,
         now: u64,
         home_of: impl Fn(Page) -> Option<MemberId>,
         fx: &mut Effects<D>,
     ) {
-        let pages: Vec<Page> = self.deferred.keys().copied().filter(|p| self.is_contended(*p)).collect();
+        let has_slots = self.slots.number(now).is_some();
+        self.let_go(now, |deferred| !has_slots || deferred.until <= now, home_of, fx);
+    }
+
+    /// What a remote fault costs here, in nanoseconds; 0 if nobody knows yet.
+    pub fn transfer(&self) -> u64 {
+        self.hold.transfer()
+    }
+
+    /// The members have agreed on their slots.
+    pub(super) fn set_slots(&mut self, slots: Slots) {
+        self.slots = slots;
+    }
+
+    fn let_go(
+        &mut self,
+        now: u64,
+        is_meant: impl Fn(&Deferred) -> bool,
+        home_of: impl Fn(Page) -> Option<MemberId>,
+        fx: &mut Effects<D>,
+    ) {
+        let meant = self.deferred.iter().filter(|(page, d)| self.is_contended(**page) && is_meant(d));
+        let pages: Vec<Page> = meant.map(|(page, _)| *page).collect();
         for page in pages {
             self.shorten(now, page, &home_of, fx);
         }
@@ -305,28 +401,22 @@ impl<D> Cache<D> {
         fx: &mut Effects<D>,
     ) {
         self.resting = resting;
+        self.served = self.slots.number(now);
         let held: Vec<Page> = if resting { self.deferred.keys().copied().collect() } else { Vec::new() };
         for page in held {
             self.shorten(now, page, &home_of, fx);
         }
     }
 
-    fn request(
-        &mut self,
-        now: u64,
-        page: Page,
-        write: bool,
-        ahead: bool,
-        home: MemberId,
-        fx: &mut Effects<D>,
-    ) {
+    fn request(&mut self, now: u64, page: Page, reason: Reason, home: MemberId, fx: &mut Effects<D>) {
+        let Reason { write, ahead, hint } = reason;
         if write {
             // Holding on to a copy that somebody waits for would only delay our own write, which queues behind it.
             if let Some(deferred) = self.deferred.remove(&page) {
                 self.serve(page, deferred.demand, home, fx);
             }
         }
-        let token = self.next_token();
+        let token = self.next_token(now);
         let want = match self.state(page) {
             State::Shared => Want::Upgrade,
             _ if write => Want::Write,
@@ -343,11 +433,12 @@ impl<D> Cache<D> {
                 since: now,
                 remote,
                 ahead,
+                hint,
                 acked: MemberSet::EMPTY,
                 grant: None,
             },
         );
-        fx.send(home, page, Msg::Get { write, token });
+        fx.send(home, page, Msg::Get { write, token, hint });
     }
 
     /// The page arrives, or the right to write the copy that is here.
@@ -454,7 +545,7 @@ impl<D> Cache<D> {
             fx.send(home, page, Msg::Done { token: terms.token });
         }
         if pending.then_write && state == State::Shared {
-            self.request(now, page, true, false, home, fx);
+            self.request(now, page, Reason::fault(true), home, fx);
         }
         Ok(())
     }
@@ -503,13 +594,12 @@ impl<D> Cache<D> {
             && let Some(age) = self.age(now, page)
         {
             let level = self.level(page);
-            let hold = self.hold.time(if self.resting || now < self.soft_until { 0 } else { level });
+            let until = self.held_until(now, level, age, demand);
             let next = self.hold.next_level(level, age);
             if next != level {
                 self.set_level(page, next);
             }
-            if age < hold && !self.is_pending(page) && !is_on(SeededFault::NoHold) {
-                let until = now.saturating_add(hold - age);
+            if until > now && !self.is_pending(page) && !is_on(SeededFault::NoHold) {
                 self.deferred.insert(page, Deferred { demand, until });
                 fx.push(Command::Timer { page, at: until });
                 return Ok(());
@@ -517,6 +607,25 @@ impl<D> Cache<D> {
         }
         self.serve(page, demand, home, fx);
         Ok(())
+    }
+
+    /// Until when a page that came `age` ago stays here. The past if it need not.
+    fn held_until(&self, now: u64, level: u8, age: u64, demand: Demand) -> u64 {
+        let until = |hold: u64| now.saturating_add(hold.saturating_sub(age));
+        let least = until(self.hold.time(0));
+        if self.resting || now < self.soft_until {
+            return least;
+        }
+        let (requester, token) = demand.requester();
+        let (mine, theirs) = (self.is_patient(now), token.is_patient());
+        if mine && !theirs && self.hold.is_contended(level) {
+            return least;
+        }
+        let turn = self.slots.turn_of(now, requester, self.me, theirs && !mine);
+        match turn.filter(|_| self.hold.is_contended(level)) {
+            Some(turn) => turn.max(least),
+            None => until(self.hold.time(level)),
+        }
     }
 
     /// A hold time may have run out.

@@ -2,10 +2,11 @@
 
 use super::Violation;
 use super::cache::{Cache, Demand, State};
-use super::directory::{Directory, Holders};
+use super::directory::{Directory, Holders, Request};
 use super::hold::{Hold, HoldConfig};
 use super::message::{Contents, Msg, Right, Served, Terms, Want};
 use super::pages::Share;
+use super::slots::Slots;
 use crate::addr::MemberId;
 use crate::layout::{Layout, Page};
 use std::collections::VecDeque;
@@ -26,6 +27,13 @@ pub enum Event<D> {
         /// The page.
         page: Page,
     },
+    /// A thread of this member will very likely touch the page soon.
+    Hint {
+        /// The page.
+        page: Page,
+        /// Whether it will write.
+        write: bool,
+    },
     /// Whether all threads of this member that use the memory rest. While they do, nothing is held longer than the
     /// shortest hold.
     Rest {
@@ -34,7 +42,7 @@ pub enum Event<D> {
     },
     /// A thread of this member is about to wait for something that another member does: no long holds for a while.
     Soften,
-    /// This member has just lost a contended page whose hold was over: the others are of no use without it.
+    /// This member has just lost a contended page whose hold was over: the others whose hold is over go, too.
     Yield,
     /// This member wants its memory back: the page is to go to its home, or the copy to be dropped. A wish: a page that
     /// is under way, or that has nowhere to go, stays.
@@ -42,6 +50,8 @@ pub enum Event<D> {
         /// The page.
         page: Page,
     },
+    /// The members have agreed on their time slots, or corrected a clock.
+    Slots(Slots),
     /// A message arrived.
     Message {
         /// Its sender.
@@ -63,11 +73,13 @@ impl<D> Event<D> {
     pub(crate) fn without_bytes(&self) -> Event<()> {
         match self {
             Event::Fault { page, write } => Event::Fault { page: *page, write: *write },
+            Event::Hint { page, write } => Event::Hint { page: *page, write: *write },
             Event::Ahead { page } => Event::Ahead { page: *page },
             Event::Rest { resting } => Event::Rest { resting: *resting },
             Event::Soften => Event::Soften,
             Event::Evict { page } => Event::Evict { page: *page },
             Event::Yield => Event::Yield,
+            Event::Slots(slots) => Event::Slots(*slots),
             Event::Message { from, page, msg } => {
                 Event::Message { from: *from, page: *page, msg: msg.without_bytes() }
             }
@@ -236,6 +248,10 @@ impl<D> Core<D> {
                     self.cache.fault(now, page, write, home, &mut self.fx);
                 }
             }
+            Event::Hint { page, write } => {
+                let Some(home) = self.home(page) else { return Ok(()) };
+                self.cache.hint(now, page, write, home, &mut self.fx);
+            }
             Event::Ahead { page } => {
                 let Some(home) = self.home(page) else { return Ok(()) };
                 self.cache.ahead(now, page, home, &mut self.fx);
@@ -256,6 +272,7 @@ impl<D> Core<D> {
                 let Some(home) = self.home(page) else { return Ok(()) };
                 self.cache.evict(now, page, home, &mut self.fx);
             }
+            Event::Slots(slots) => self.cache.set_slots(slots),
             Event::Timer { page } => {
                 let Some(home) = self.home(page) else { return Ok(()) };
                 self.cache.timer(now, page, home, &mut self.fx);
@@ -285,8 +302,9 @@ impl<D> Core<D> {
             Msg::Forward { .. } | Msg::Invalidate { .. } | Msg::Release { .. } if home != from => {
                 Err("spoke for a home that it is not")
             }
-            Msg::Get { write, token } => {
-                return self.directory.get(page, from, write, token, fx).map_err(|b| b.on(page));
+            Msg::Get { write, token, hint } => {
+                let request = Request { from, write, token, hint };
+                return self.directory.get(page, request, fx).map_err(|b| b.on(page));
             }
             Msg::Done { token } => {
                 return self.directory.done(page, from, token, fx).map_err(|b| b.on(page));
@@ -305,6 +323,7 @@ impl<D> Core<D> {
             Msg::Invalidate { requester, token } => {
                 self.cache.demand(now, page, Demand::Drop { requester, token }, home, fx)
             }
+            Msg::Decline { token } => self.cache.declined(now, page, from, token, home, fx),
             Msg::Grant { terms, contents } => self.cache.grant(now, page, from, terms, contents, home, fx),
             Msg::InvAck { token } => self.cache.inv_ack(now, page, from, token, home, fx),
         };

@@ -51,11 +51,13 @@ fn unpack([sharers, word]: Packed) -> Holders {
     }
 }
 
+/// What somebody asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Request {
-    from: MemberId,
-    write: bool,
-    token: Token,
+pub(super) struct Request {
+    pub(super) from: MemberId,
+    pub(super) write: bool,
+    pub(super) token: Token,
+    pub(super) hint: bool,
 }
 
 /// Who broke a rule: with a queue, not always the one that spoke last.
@@ -113,20 +115,22 @@ impl Directory {
     }
 
     /// Somebody asks for a page.
-    pub(super) fn get<D>(
-        &mut self,
-        page: Page,
-        from: MemberId,
-        write: bool,
-        token: Token,
-        fx: &mut Effects<D>,
-    ) -> Result<(), Blame> {
-        let request = Request { from, write, token };
+    pub(super) fn get<D>(&mut self, page: Page, request: Request, fx: &mut Effects<D>) -> Result<(), Blame> {
+        let Request { from, token, .. } = request;
         if let Some(busy) = self.busy.get_mut(&page) {
             if busy.requester == Some(from) || busy.queue.iter().any(|r| r.from == from) {
                 return Err(Blame { who: from, rule: "asked again before it had its answer" });
             }
-            busy.queue.push_back(request);
+            if request.hint {
+                fx.send(from, page, Msg::Decline { token });
+            } else {
+                busy.queue.push_back(request);
+            }
+            return Ok(());
+        }
+        // A page that has data is not taken from those who have it for somebody who only may come to write it.
+        if request.hint && request.write && self.holders(page) != Holders::Untouched {
+            fx.send(from, page, Msg::Decline { token });
             return Ok(());
         }
         self.start(page, request, VecDeque::new(), fx)
@@ -210,7 +214,7 @@ impl Directory {
         request: Request,
         fx: &mut Effects<D>,
     ) -> Result<Option<MemberId>, Rule> {
-        let Request { from, write, token } = request;
+        let Request { from, write, token, .. } = request;
         let me = self.me;
         let right = if write { Right::Modified } else { Right::Shared };
         match self.holders(page) {

@@ -80,6 +80,11 @@ impl Hold {
         level >= CONTENDED
     }
 
+    /// What a remote fault costs here, in nanoseconds; 0 if nobody knows yet.
+    pub fn transfer(&self) -> u64 {
+        self.transfer
+    }
+
     /// Hold time at `level`, in nanoseconds.
     pub fn time(&self, level: u8) -> u64 {
         let longest = self.transfer.saturating_mul(self.transfers).min(self.max);

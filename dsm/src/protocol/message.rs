@@ -55,9 +55,24 @@ pub enum Right {
 }
 
 /// The number by which a requester knows the answers to its request. Chosen by the requester, told by the home to
-/// exactly those members that must answer: who does not know it has no right to answer.
+/// exactly those members that must answer: who does not know it has no right to answer. Its highest bit says that the
+/// request is patient: its sender has had its part of the present [slot](super::slots).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Token(pub u64);
+
+impl Token {
+    const PATIENT: u64 = 1 << 63;
+
+    /// The same token of a request that is patient, or is not.
+    pub(super) fn patient(self, is_patient: bool) -> Token {
+        Token(self.0 & !Token::PATIENT | if is_patient { Token::PATIENT } else { 0 })
+    }
+
+    /// Whether the request is patient.
+    pub fn is_patient(self) -> bool {
+        self.0 & Token::PATIENT != 0
+    }
+}
 
 /// The bytes that come with a grant.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -91,6 +106,13 @@ pub enum Msg<D> {
         /// Whether the requester wants to write.
         write: bool,
         /// The requester's number for this request.
+        token: Token,
+        /// No thread waits for the page yet: the home may [decline](Msg::Decline).
+        hint: bool,
+    },
+    /// Home to requester: not now; nothing has changed.
+    Decline {
+        /// The requester's number.
         token: Token,
     },
     /// Home to the member that answers: grant the page to `requester` on these terms.
@@ -142,7 +164,7 @@ impl<D> Msg<D> {
     /// The message without the bytes of its page.
     pub(crate) fn without_bytes(&self) -> Msg<()> {
         match self {
-            Msg::Get { write, token } => Msg::Get { write: *write, token: *token },
+            Msg::Get { write, token, hint } => Msg::Get { write: *write, token: *token, hint: *hint },
             Msg::Forward { requester, terms, data } => {
                 Msg::Forward { requester: *requester, terms: *terms, data: *data }
             }
@@ -159,6 +181,7 @@ impl<D> Msg<D> {
             Msg::Put { token } => Msg::Put { token: *token },
             Msg::Release { token } => Msg::Release { token: *token },
             Msg::Done { token } => Msg::Done { token: *token },
+            Msg::Decline { token } => Msg::Decline { token: *token },
         }
     }
 }

@@ -33,6 +33,7 @@ pub mod directory;
 pub mod hold;
 pub mod message;
 pub mod pages;
+pub mod slots;
 
 pub use self::core::{Command, Core, CoreConfig, Event};
 pub use message::{Contents, MemberSet, Msg, Right, Served, Terms, Token, Want};

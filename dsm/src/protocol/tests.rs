@@ -205,7 +205,7 @@ fn who_has_no_right_to_answer_is_refused() {
 
 #[test]
 fn who_asks_out_of_turn_is_refused() {
-    let get = |write| Msg::Get { write, token: Token(9) };
+    let get = |write| Msg::Get { write, token: Token(9), hint: false };
     let owns = |c: &mut Cluster| {
         touched(c, 1, true);
     };
@@ -231,7 +231,7 @@ fn a_home_that_asks_for_what_is_not_there_is_refused() {
     let event = Event::Message { from: MemberId(0), page: P, msg: forward };
     let violation = core.handle(0, event, &mut Vec::new()).unwrap_err();
     assert!(violation.what.contains("not here"));
-    let get = Msg::Get { write: true, token: Token(1) };
+    let get = Msg::Get { write: true, token: Token(1), hint: false };
     let event = Event::Message { from: MemberId(0), page: P, msg: get };
     assert!(cluster.cores[1].clone().handle(0, event, &mut Vec::new()).is_err());
 }

@@ -88,7 +88,7 @@ fn forge(world: &World, from: u16, to: u16, what: Forgery) {
     let message = |me, epoch, page: Page, msg: Msg<()>| {
         Some(Header::message(me, epoch, world.layout.gpa_of(page), &msg))
     };
-    let get = Msg::Get { write: true, token };
+    let get = Msg::Get { write: true, token, hint: false };
     let header = match what {
         Forgery::StaleGet => message(me, stale, homed.unwrap_or(any), get),
         Forgery::StaleAck => message(me, stale, any, Msg::InvAck { token }),

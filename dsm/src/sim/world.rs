@@ -15,6 +15,7 @@ use super::workload::Thread;
 use crate::addr::{Epoch, MemberId};
 use crate::layout::{Layout, Page};
 use crate::node::Cause;
+use crate::node::shard::Env;
 use crate::node::shard::PageBuf;
 use crate::protocol::{CoreConfig, Event as Input, MemberSet, pages::Share};
 use crate::region::Kernel;
@@ -341,7 +342,7 @@ impl World {
                 let page = Page(page);
                 self.trace(Some(member.number), Some(page), || "hold time over".into());
                 member.is_keeping.set(true);
-                member.engine.timer(&Place { world: self, member }, self.sched.now(), page);
+                member.engine.timers(&Place { world: self, member }, self.sched.now(), &[page]);
                 member.is_keeping.set(false);
             }
         }
@@ -444,7 +445,8 @@ impl World {
                         drop(reader);
                         peer.is_receiving.set(true);
                         let (place, now) = (Place { world: self, member }, self.sched.now());
-                        member.engine.message(&place, now, MemberId(from), page, msg, &bytes);
+                        let talk = member.engine.message(&place, now, MemberId(from), page, msg, &bytes);
+                        place.flush(talk, now);
                         peer.is_receiving.set(false);
                         let delay = self.delay(member.number, self.plan.step);
                         return peer.incoming.resume(self.sched.now() + delay);
@@ -464,6 +466,7 @@ impl World {
             Input::Ahead { .. } => Some("ahead"),
             Input::Yield => Some("yield"),
             Input::Evict { .. } => Some("evict"),
+            Input::Slots(_) => Some("slots"),
             Input::Soften => Some("soften"),
             Input::Rest { .. } => Some("rest"),
             _ => None,

@@ -26,6 +26,8 @@ const PING: u8 = 7;
 const BYE: u8 = 8;
 const PUT: u8 = 9;
 const RELEASE: u8 = 10;
+const BEAT: u8 = 11;
+const DECLINE: u8 = 12;
 
 /// The right asked for or granted is to write.
 const WRITE: u8 = 1;
@@ -35,6 +37,8 @@ const WAITS: u8 = 2;
 const DATA: u8 = 4;
 /// Grant: the page is all zero.
 const ZERO: u8 = 8;
+/// Get: nobody waits for the page yet.
+const HINT: u8 = 16;
 
 /// The fixed part of a frame, little-endian.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -104,6 +108,13 @@ pub enum Frame<D> {
     Page(Page, Msg<D>),
     /// The sender is alive.
     Ping,
+    /// The sender's time, and how long [slots](crate::protocol::slots) are.
+    Beat {
+        /// Nanoseconds of the sender's clock.
+        clock: u64,
+        /// Length of a slot, as a power of two of nanoseconds.
+        shift: u8,
+    },
     /// The sender leaves in good order.
     Bye,
 }
@@ -143,6 +154,14 @@ impl Header {
         Header::new(me, epoch, PING)
     }
 
+    /// The time of the slots.
+    pub fn beat(me: MemberId, epoch: Epoch, clock: u64, shift: u8) -> Header {
+        let mut header = Header::new(me, epoch, BEAT);
+        header.token = U64::new(clock);
+        header.acks = U64::new(u64::from(shift));
+        header
+    }
+
     /// A farewell.
     pub fn bye(me: MemberId, epoch: Epoch) -> Header {
         Header::new(me, epoch, BYE)
@@ -167,11 +186,13 @@ impl Header {
             Msg::Put { .. } => Header::new(me, epoch, PUT),
             Msg::Release { .. } => Header::new(me, epoch, RELEASE),
             Msg::Done { .. } => Header::new(me, epoch, DONE),
+            Msg::Decline { .. } => Header::new(me, epoch, DECLINE),
         };
         header.gpa = U64::new(gpa);
         match msg {
-            Msg::Get { write, token } => {
+            Msg::Get { write, token, hint } => {
                 header.flags |= if *write { WRITE } else { 0 };
+                header.flags |= if *hint { HINT } else { 0 };
                 header.token = U64::new(token.0);
             }
             Msg::Forward { requester, data, .. } => {
@@ -190,7 +211,11 @@ impl Header {
                 }
                 Contents::Keep => {}
             },
-            Msg::InvAck { token } | Msg::Put { token } | Msg::Release { token } | Msg::Done { token } => {
+            Msg::InvAck { token }
+            | Msg::Put { token }
+            | Msg::Release { token }
+            | Msg::Done { token }
+            | Msg::Decline { token } => {
                 header.token = U64::new(token.0)
             }
         }
@@ -222,10 +247,10 @@ impl Header {
             return Err(FrameError::Epoch { got: self.epoch.get(), ours: rules.epoch.0 });
         }
         let allowed = match kind {
-            GET => WRITE,
+            GET => WRITE | HINT,
             FORWARD => WRITE | WAITS | DATA,
             GRANT => WRITE | WAITS | DATA | ZERO,
-            INVALIDATE | INV_ACK | PUT | RELEASE | DONE | PING | BYE => 0,
+            INVALIDATE | INV_ACK | PUT | RELEASE | DONE | PING | BYE | BEAT | DECLINE => 0,
             _ => return Err(FrameError::Kind(kind)),
         };
         let contradictory = flags & DATA != 0 && flags & ZERO != 0;
@@ -238,6 +263,10 @@ impl Header {
         match kind {
             PING => return Ok(Frame::Ping),
             BYE => return Ok(Frame::Bye),
+            BEAT => {
+                let shift = u8::try_from(self.acks.get()).map_err(|_| FrameError::Kind(kind))?;
+                return Ok(Frame::Beat { clock: self.token.get(), shift });
+            }
             _ => {}
         }
         let gpa = self.gpa.get();
@@ -256,7 +285,7 @@ impl Header {
         let right = if flags & WRITE != 0 { Right::Modified } else { Right::Shared };
         let terms = Terms { token, right, acks, done: flags & WAITS != 0 };
         let msg = match kind {
-            GET => Msg::Get { write: flags & WRITE != 0, token },
+            GET => Msg::Get { write: flags & WRITE != 0, token, hint: flags & HINT != 0 },
             FORWARD => Msg::Forward { requester, terms, data: flags & DATA != 0 },
             INVALIDATE => Msg::Invalidate { requester, token },
             GRANT => {
@@ -267,6 +296,7 @@ impl Header {
                 };
                 Msg::Grant { terms, contents }
             }
+            DECLINE => Msg::Decline { token },
             INV_ACK => Msg::InvAck { token },
             PUT => Msg::Put { token },
             RELEASE => Msg::Release { token },
@@ -293,8 +323,9 @@ mod tests {
         let terms = Terms { token, right: Right::Modified, acks: MemberSet(0b100), done: true };
         let read = Terms { token, right: Right::Shared, acks: MemberSet::EMPTY, done: false };
         vec![
-            Msg::Get { write: true, token },
-            Msg::Get { write: false, token },
+            Msg::Get { write: true, token, hint: false },
+            Msg::Get { write: false, token, hint: true },
+            Msg::Decline { token },
             Msg::Forward { requester: MemberId(2), terms, data: true },
             Msg::Forward { requester: MemberId(2), terms, data: false },
             Msg::Invalidate { requester: MemberId(2), token },
@@ -325,12 +356,14 @@ mod tests {
             assert_eq!(decode(&back), Ok(Frame::Page(Page(3), msg)));
         }
         assert_eq!(decode(&Header::ping(ME, Epoch(9))), Ok(Frame::Ping));
+        let beat = Frame::Beat { clock: 1 << 50, shift: 21 };
+        assert_eq!(decode(&Header::beat(ME, Epoch(9), 1 << 50, 21)), Ok(beat));
         assert_eq!(decode(&Header::bye(ME, Epoch(9))), Ok(Frame::Bye));
     }
 
     #[test]
     fn what_no_honest_member_sends_is_refused() {
-        let good = Header::message(ME, Epoch(9), 0x3000, &messages()[2]);
+        let good = Header::message(ME, Epoch(9), 0x3000, &messages()[3]);
         let cases: Vec<Case> = vec![
             (Box::new(|h| h.magic = U16::new(1)), FrameError::Magic(1)),
             (Box::new(|h| h.kind = 99), FrameError::Kind(99)),
@@ -351,7 +384,7 @@ mod tests {
             spoil(&mut bad);
             assert_eq!(decode(&bad), Err(error));
         }
-        let mut grant = Header::message(ME, Epoch(9), 0, &messages()[5]);
+        let mut grant = Header::message(ME, Epoch(9), 0, &messages()[6]);
         grant.len = U32::new(0);
         assert_eq!(decode(&grant), Err(FrameError::Length { kind: GRANT, len: 0 }));
     }

@@ -69,6 +69,15 @@ impl<R: Read> FrameReader<R> {
         Ok(true)
     }
 
+    /// Whether the next frame is here already, so that [`FrameReader::next`] will not wait. A frame that is no frame counts.
+    pub fn has_next(&self) -> bool {
+        let Some(bytes) = self.buf.get(self.start..self.end) else { return false };
+        let Some(header) = bytes.get(..HEADER_LEN).and_then(|b| Header::read_from_bytes(b).ok()) else {
+            return false;
+        };
+        header.payload_len().map_or(true, |len| bytes.len() >= HEADER_LEN + len)
+    }
+
     /// Waits for the next frame and hands out its header and payload. `on_read` is told of every read's bytes.
     pub fn next(&mut self, mut on_read: impl FnMut(usize)) -> Result<(Header, &[u8]), ReadError> {
         if self.start == self.end {

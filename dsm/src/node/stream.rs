@@ -1,0 +1,69 @@
+//! Runs of faults on neighbouring pages, and how far to ask ahead of them.
+//!
+//! A thread that goes through memory from one end to the other (a copy, a clear, code that runs for the first time) would
+//! wait a round trip for every page. Its second fault in a row shows what it does; from then on each fault asks for a
+//! window of the pages that follow, twice as many each time, as a file system does when a file is read in order.
+
+use crate::layout::Page;
+
+/// Runs that are remembered, the last used ones.
+const RUNS: usize = 16;
+/// First and longest window, in pages.
+const FIRST: u32 = 4;
+const LONGEST: u32 = 32;
+
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    next: u32,
+    window: u32,
+}
+
+/// The runs of one member.
+#[derive(Debug, Default)]
+pub(super) struct Streams(Vec<Run>);
+
+impl Streams {
+    /// A thread faulted on `page`, which is elsewhere. How many pages behind it to ask for.
+    pub(super) fn fault(&mut self, page: Page) -> u32 {
+        // The last window may have reached further than the pages that were to be had.
+        let is_near = |r: &Run| r.next.checked_sub(page.0).is_some_and(|behind| behind <= r.window);
+        let found = self.0.iter().position(is_near);
+        let window = match found.map(|at| self.0.remove(at).window) {
+            Some(window) => (window * 2).clamp(FIRST, LONGEST),
+            None => 0,
+        };
+        self.0.truncate(RUNS - 1);
+        self.0.insert(0, Run { next: page.0.saturating_add(window + 1), window });
+        window
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_is_seen_at_its_second_fault_and_its_window_grows() {
+        let mut streams = Streams::default();
+        let mut at = 100;
+        let mut windows = Vec::new();
+        for _ in 0..6 {
+            let window = streams.fault(Page(at));
+            windows.push(window);
+            at += window + 1;
+        }
+        assert_eq!(windows, [0, 4, 8, 16, 32, 32]);
+        assert_eq!(streams.fault(Page(at - 20)), 32, "not all of the window was to be had");
+        assert_eq!(streams.fault(Page(7)), 0);
+    }
+
+    #[test]
+    fn strangers_push_out_the_oldest_run_only() {
+        let mut streams = Streams::default();
+        streams.fault(Page(1));
+        (0..RUNS - 1).for_each(|n| assert_eq!(streams.fault(Page(1000 * u32::try_from(n + 1).unwrap())), 0));
+        assert_eq!(streams.fault(Page(2)), FIRST);
+        (0..RUNS).for_each(|n| assert_eq!(streams.fault(Page(5000 * u32::try_from(n + 9).unwrap())), 0));
+        assert_eq!(streams.fault(Page(7)), 0);
+    }
+}
