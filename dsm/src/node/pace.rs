@@ -100,14 +100,14 @@ mod tests {
     fn the_leader_fits_the_slots_to_what_a_transfer_costs_and_keeps_them_a_while() {
         let leader = pace(0);
         assert_eq!(leader.lead(0), (0, None));
-        let (shift, slots) = leader.lead(50_000);
+        let (shift, slots) = leader.lead(25_000);
         assert_eq!((shift, slots.map(|s| s.shift)), (21, Some(21)));
-        assert_eq!(leader.lead(60_000), (21, None));
-        assert_eq!(leader.lead(42_000), (21, None));
-        assert_eq!(leader.lead(400_000).0, 24);
+        assert_eq!(leader.lead(30_000), (21, None));
+        assert_eq!(leader.lead(21_000), (21, None));
+        assert_eq!(leader.lead(200_000).0, 24);
         assert_eq!(leader.lead(u64::MAX).0, 27);
         assert_eq!(leader.lead(1).0, MIN_SHIFT);
-        assert_eq!(pace(1).lead(50_000), (0, None));
+        assert_eq!(pace(1).lead(25_000), (0, None));
     }
 
     #[test]

@@ -26,7 +26,7 @@ pub struct HoldConfig {
 
 impl Default for HoldConfig {
     fn default() -> Self {
-        HoldConfig { min: Duration::from_micros(20), max: Duration::from_millis(250), transfers: 32 }
+        HoldConfig { min: Duration::from_micros(20), max: Duration::from_millis(250), transfers: 64 }
     }
 }
 
@@ -125,7 +125,7 @@ mod tests {
             assert!(hold.time(level) >= last);
             last = hold.time(level);
         }
-        assert_eq!(last, 1_600_000);
+        assert_eq!(last, 3_200_000);
         for _ in 0..20 {
             level = hold.next_level(level, 1_000_000_000);
         }

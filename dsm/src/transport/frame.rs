@@ -215,9 +215,7 @@ impl Header {
             | Msg::Put { token }
             | Msg::Release { token }
             | Msg::Done { token }
-            | Msg::Decline { token } => {
-                header.token = U64::new(token.0)
-            }
+            | Msg::Decline { token } => header.token = U64::new(token.0),
         }
         header
     }

@@ -10,8 +10,10 @@ use std::net::SocketAddr;
 pub const GRAIN: u64 = 2 << 20;
 /// SLIT distance of a member to itself (ACPI 6.5, 5.2.17).
 pub const LOCAL_DISTANCE: u8 = 10;
-/// SLIT distance to another member unless a measurement says more.
-pub const REMOTE_DISTANCE: u8 = 20;
+/// SLIT distance to another member unless a measurement says more. Linux spreads new processes and wakes threads over
+/// nodes up to its `node_reclaim_distance` (30, 32 on AMD EPYC; kernel/sched/topology.c, `sd_init`): members are further
+/// apart than that, or every `fork` would move its page tables over the network.
+pub const REMOTE_DISTANCE: u8 = 40;
 
 /// The first topology of a VM. `hosts` has one host name and address per member.
 pub fn topology(spec: &VmSpec, hosts: Vec<(String, SocketAddr)>, distances: Vec<Vec<u8>>) -> Topology {
@@ -55,7 +57,7 @@ fn memory(members: &[MemberSpec]) -> Vec<HomeRange> {
     ranges
 }
 
-/// Distances from round-trip times in microseconds (`None` = not measured): 20 for anything up to 50 us,
+/// Distances from round-trip times in microseconds (`None` = not measured): 40 for anything up to 50 us,
 /// then 10 more for every doubling, below 255, which means unreachable.
 pub fn distances(round_trips: &[Vec<Option<u64>>]) -> Vec<Vec<u8>> {
     (0..)
@@ -74,6 +76,13 @@ pub fn distances(round_trips: &[Vec<Option<u64>>]) -> Vec<Vec<u8>> {
                 .collect()
         })
         .collect()
+}
+
+/// Round-trip times between all members from those between the first and each other: nobody has measured the others, and
+/// the way between two of them is taken to be as long as the longer of their ways to the first.
+pub fn mesh(from_first: &[Option<u64>]) -> Vec<Vec<Option<u64>>> {
+    let between = |a: &Option<u64>, b: &Option<u64>| (*a).max(*b);
+    from_first.iter().map(|a| from_first.iter().map(|b| between(a, b)).collect()).collect()
 }
 
 #[cfg(test)]
@@ -104,10 +113,18 @@ mod tests {
     #[test]
     fn distance_grows_with_the_round_trip() {
         let rtt = |us| distances(&[vec![None, Some(us)], vec![Some(us), None]]);
-        assert_eq!(rtt(20), [[10, 20], [20, 10]]);
-        assert_eq!(rtt(50), [[10, 30], [30, 10]]);
-        assert_eq!(rtt(200)[0][1], 50);
+        assert_eq!(rtt(20), [[10, 40], [40, 10]]);
+        assert_eq!(rtt(50), [[10, 50], [50, 10]]);
+        assert_eq!(rtt(200)[0][1], 70);
         assert_eq!(rtt(u64::MAX)[0][1], 250);
+    }
+
+    #[test]
+    fn unmeasured_pairs_are_as_far_apart_as_the_farther_of_both() {
+        let mesh = mesh(&[None, Some(100), Some(400)]);
+        assert_eq!(mesh[0], [None, Some(100), Some(400)]);
+        assert_eq!(mesh[1][2], Some(400));
+        assert_eq!(distances(&mesh)[2], [80, 80, 10]);
     }
 
     proptest! {

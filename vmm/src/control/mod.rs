@@ -22,6 +22,7 @@ pub mod member_task;
 pub mod node;
 pub mod node_client;
 pub mod ops;
+pub mod rtt;
 pub mod rundir;
 pub mod secret;
 pub mod shared;

@@ -25,6 +25,8 @@ pub struct Link {
     pub id: MemberId,
     /// Its host, for messages.
     pub host: String,
+    /// Shortest round trip to it, microseconds, if it was measured.
+    pub round_trip: Option<u64>,
     orders: mpsc::Sender<ToMember>,
     child: Option<ChildProcess>,
 }
@@ -34,6 +36,7 @@ impl Link {
     pub fn new(
         id: MemberId,
         host: String,
+        round_trip: Option<u64>,
         stream: Box<dyn Stream>,
         child: Option<ChildProcess>,
         inbox: mpsc::Sender<Inbound>,
@@ -62,7 +65,7 @@ impl Link {
                 }
             }
         });
-        Link { id, host, orders, child }
+        Link { id, host, round_trip, orders, child }
     }
 
     /// Queues an order. A connection that takes none shows as a closed one, or by the missing answer.

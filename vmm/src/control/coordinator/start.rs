@@ -8,6 +8,7 @@ use crate::config::spec::DiskSpec;
 use crate::control::codec::{self, Json};
 use crate::control::crew::Crew;
 use crate::control::end::End;
+use crate::control::rtt;
 use crate::control::secret::Secret;
 use crate::control::spawn::ChildProcess;
 use crate::control::wire::{FromCoordinator, FromMember, Inherit, NodeRequest, Role, ToMember};
@@ -123,6 +124,7 @@ impl Coordinator {
         let mut bind = None;
         let specs = self.spec.members.clone();
         for (id, member) in (0u16..).map(MemberId).zip(&specs) {
+            let mut round_trip = None;
             let (stream, child, host): (Box<dyn Stream>, Option<ChildProcess>, String) = match &member.host {
                 _ if id == MemberId(0) => {
                     let host = member.host.as_ref().map_or(self.inherit.host.clone(), ToString::to_string);
@@ -136,12 +138,13 @@ impl Coordinator {
                     let secret = self.inherit.secret.clone().map(Secret::from_bytes);
                     let me = &self.inherit.host;
                     let stream = node_client::open(host, secret.as_ref(), me, &NodeRequest::Member).await?;
+                    round_trip = rtt::of(&stream);
                     bind = bind.or(stream.local_addr().ok().map(|addr| addr.ip()));
                     self.launcher.progress(format!("{host} answers")).await;
                     (Box::new(stream), None, host.to_string())
                 }
             };
-            self.links.push(Link::new(id, host, stream, child, self.inbox_tx.clone()));
+            self.links.push(Link::new(id, host, round_trip, stream, child, self.inbox_tx.clone()));
         }
         Ok(bind)
     }
@@ -199,8 +202,8 @@ impl Coordinator {
 
     fn topology(&self, ready: &[Ready]) -> Topology {
         let hosts = ready.iter().map(|r| (r.host.clone(), r.addr)).collect();
-        let unmeasured = vec![vec![None; ready.len()]; ready.len()];
-        plan::topology(&self.spec, hosts, plan::distances(&unmeasured))
+        let from_here: Vec<_> = self.links.iter().map(|link| link.round_trip).collect();
+        plan::topology(&self.spec, hosts, plan::distances(&plan::mesh(&from_here)))
     }
 
     /// Member 0 is in this process, so the images need not travel again.
