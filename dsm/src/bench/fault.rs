@@ -100,7 +100,7 @@ impl fmt::Display for FaultReport {
 }
 
 /// The value below which `percent` of the samples lie, in microseconds.
-fn percentile(samples: &mut Samples, percent: usize) -> f64 {
+pub(super) fn percentile(samples: &mut Samples, percent: usize) -> f64 {
     samples.sort_unstable();
     let at = (samples.len().saturating_sub(1) * percent) / 100;
     // Nanoseconds of a page fault are exact in an f64.
@@ -109,7 +109,7 @@ fn percentile(samples: &mut Samples, percent: usize) -> f64 {
     ns / 1000.0
 }
 
-fn median(values: &mut [f64]) -> f64 {
+pub(super) fn median(values: &mut [f64]) -> f64 {
     values.sort_unstable_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(0.0)
 }
@@ -180,7 +180,7 @@ pub fn run(
 }
 
 /// Times one access to the first word of every page.
-fn touch(group: &Group, bytes: u64, write: bool) -> Samples {
+pub(super) fn touch(group: &Group, bytes: u64, write: bool) -> Samples {
     let Some(own) = &group.own else { return Vec::new() };
     let memory = own.memory();
     let mut samples = Vec::new();

@@ -49,6 +49,49 @@ pub fn round_trips(stream: &mut TcpStream, count: usize) -> Result<Samples, Benc
     Ok(samples)
 }
 
+/// Bytes of a message without a page.
+const SHORT: usize = 48;
+
+/// Sends back every 48 bytes until the other end is gone.
+pub fn bounce(mut stream: TcpStream) {
+    let mut bytes = [0; SHORT];
+    let _ = stream.set_nodelay(true);
+    while stream.read_exact(&mut bytes).and_then(|()| stream.write_all(&bytes)).is_ok() {}
+}
+
+/// Times `count` rounds of 48 bytes to all streams, then as many from each.
+pub fn fan_out(streams: &mut [TcpStream], count: usize) -> Result<Samples, BenchError> {
+    let step = || io_step("the round trip over loopback failed");
+    let mut bytes = [1; SHORT];
+    let mut samples = Vec::with_capacity(count);
+    for _ in 0..count {
+        let start = Instant::now();
+        for stream in &mut *streams {
+            stream.write_all(&bytes).map_err(step())?;
+        }
+        for stream in &mut *streams {
+            stream.read_exact(&mut bytes).map_err(step())?;
+        }
+        samples.push(nanos(start));
+    }
+    Ok(samples)
+}
+
+/// Sends `len` bytes, 64 pages at a time.
+pub fn pour(mut stream: TcpStream, len: u64) {
+    let bytes = vec![5; 64 * 4096];
+    let mut left = len;
+    while left > 0 {
+        let n = left.min(bytes.len() as u64);
+        let now = usize::try_from(n).ok().and_then(|n| bytes.get(..n)).unwrap_or(&bytes);
+        // The other end goes away when it has had enough; that is no error.
+        if stream.write_all(now).is_err() {
+            return;
+        }
+        left -= n;
+    }
+}
+
 /// Times page faults that a thread of this process answers at once: first a read of an absent page, then a write to
 /// each page, now write-protected.
 pub fn local_faults(count: u32) -> Result<(Samples, Samples), BenchError> {

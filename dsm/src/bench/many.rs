@@ -5,7 +5,7 @@
 //! time, with real traffic. The floor is to encode and decode the frames of that traffic, which no protocol can
 //! do without.
 
-use super::BenchError;
+use super::{BenchError, float};
 use crate::addr::{HomeRange, MAX_MEMBERS, MemberId, PAGE_SIZE};
 use crate::layout::{Layout, Page};
 use crate::protocol::hold::HoldConfig;
@@ -136,12 +136,6 @@ impl fmt::Display for ManyReport {
         }
         write!(f, "\nratio over the floor, mixed load, largest cluster: {:.2}", self.ratio)
     }
-}
-
-/// Nanoseconds below 2^53 and counts far below it are exact in an f64.
-#[allow(clippy::cast_precision_loss)]
-fn float(n: u64) -> f64 {
-    n as f64
 }
 
 fn ns(duration: Duration) -> f64 {

@@ -1,18 +1,24 @@
 //! Benchmarks and workloads over real processes, real userfaultfd and real TCP; no KVM needed.
 //!
 //! - [`fault`]: what one remote fault costs, over the physical floor measured in the same run ([`floor`]).
+//! - [`fanout`]: a write to a page that many read. [`stream`]: reading much in order, and at random.
+//! - [`contend`]: members that write to one page, against hold times; [`plot`] draws it.
 //! - [`many`]: what the protocol costs as members grow, up to 64, over a simulated transport in this process.
 //! - [`group`]: starts member processes and gives them orders; [`peer`]: a member process that takes orders.
 //! - [`work`]: what members can be ordered to do with the memory; [`mix`]: the random part of it.
 //!
 //! A program that runs them needs a hidden subcommand that calls [`peer_main`] with the address it is given.
 
+pub mod contend;
+pub mod fanout;
 pub mod fault;
 pub mod floor;
 pub mod group;
 pub mod many;
 pub mod mix;
 pub mod peer;
+pub mod plot;
+pub mod stream;
 pub mod work;
 
 pub use peer::peer_main;
@@ -77,6 +83,12 @@ pub enum BenchError {
     /// There is nothing to measure.
     #[error("{0}")]
     Options(&'static str),
+}
+
+/// Nanoseconds below 2^53 and counts far below it are exact in an f64.
+#[allow(clippy::cast_precision_loss)]
+pub(crate) fn float(n: u64) -> f64 {
+    n as f64
 }
 
 /// Names what was tried when an I/O step fails.

@@ -69,6 +69,10 @@ pub enum Order {
     Join(Membership),
     /// Answer 64-byte requests on this address with 4096 bytes, in a thread.
     Echo(SocketAddr),
+    /// Send back every 48 bytes that come from this address, in a thread.
+    Bounce(SocketAddr),
+    /// Send so many bytes to this address, in a thread.
+    Pour(SocketAddr, u64),
     /// Work with the memory.
     Work(Work),
     /// Tell the most resident memory that the process ever had, in bytes.
@@ -178,6 +182,16 @@ impl State {
             Order::Echo(addr) => {
                 let stream = TcpStream::connect(addr).map_err(|e| e.to_string())?;
                 thread::spawn(move || super::floor::echo(stream));
+                Ok(Answer::Done)
+            }
+            Order::Bounce(addr) => {
+                let stream = TcpStream::connect(addr).map_err(|e| e.to_string())?;
+                thread::spawn(move || super::floor::bounce(stream));
+                Ok(Answer::Done)
+            }
+            Order::Pour(addr, len) => {
+                let stream = TcpStream::connect(addr).map_err(|e| e.to_string())?;
+                thread::spawn(move || super::floor::pour(stream, len));
                 Ok(Answer::Done)
             }
             Order::Work(work) => {

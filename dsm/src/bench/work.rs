@@ -51,6 +51,17 @@ pub enum Work {
         /// For how long, in milliseconds.
         millis: u64,
     },
+    /// For a while: increments a shared word with a locked instruction, then a private one some times, and so on.
+    Contend {
+        /// The shared word.
+        shared: u64,
+        /// The private word.
+        own: u64,
+        /// Private increments per shared one.
+        privately: u64,
+        /// For how long, in milliseconds.
+        millis: u64,
+    },
     /// Random reads, writes and locked sections.
     Mix(Mix),
     /// Adds up the locked sections of all members.
@@ -116,6 +127,7 @@ pub fn run(memory: Memory<'_>, work: &Work) -> Result<Outcome, String> {
             Ok(Outcome::Number(rounds))
         }),
         Work::CountPages { gpa, pages, own, millis } => count_pages(memory, gpa, pages, own, millis),
+        Work::Contend { shared, own, privately, millis } => contend(memory, shared, own, privately, millis),
         Work::Mix(mix) => mix.run(memory),
         Work::Sections(mix) => mix.sections(memory),
         Work::StoreThenLoad { store, load } => {
@@ -149,6 +161,30 @@ pub fn run(memory: Memory<'_>, work: &Work) -> Result<Outcome, String> {
             Ok(Outcome::Number(seen))
         }
     }
+}
+
+fn contend(
+    memory: Memory<'_>,
+    shared: u64,
+    own: u64,
+    privately: u64,
+    millis: u64,
+) -> Result<Outcome, String> {
+    let (shared, own) = (memory.u64_at(shared).ok_or(NO_MEMORY)?, memory.u64_at(own).ok_or(NO_MEMORY)?);
+    own.store(0, SeqCst);
+    let end = Instant::now() + Duration::from_millis(millis);
+    let mut count = 0;
+    while Instant::now() < end {
+        shared.fetch_add(1, SeqCst);
+        count += 1;
+        for _ in 0..privately {
+            own.fetch_add(1, SeqCst);
+        }
+    }
+    if own.load(SeqCst) != count * privately {
+        return Err("a private word is not what its only writer wrote".into());
+    }
+    Ok(Outcome::Number(count))
 }
 
 fn increment(memory: Memory<'_>, gpa: u64, pages: u64, rounds: u64, thread: u64) -> Result<(), String> {

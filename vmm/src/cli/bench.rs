@@ -4,11 +4,17 @@ use super::output;
 use crate::control::end::End;
 use crate::control::host::chain;
 use clap::{Args, Subcommand};
+use dsm::bench::contend::{self, ContendOptions};
+use dsm::bench::fanout::{self, FanoutOptions};
 use dsm::bench::fault::{self, FaultOptions};
 use dsm::bench::group::self_launcher;
 use dsm::bench::many::{self, ManyOptions};
+use dsm::bench::stream::{self, StreamOptions};
+use serde::Serialize;
+use std::fmt::Display;
 use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
 /// Flags.
 #[derive(Args, Debug)]
@@ -25,6 +31,12 @@ pub enum Bench {
     Fault(FaultArgs),
     /// The protocol's cost as members grow, over a simulated transport. Needs no KVM.
     Many(ManyArgs),
+    /// A write to a page that many others read. Needs no KVM.
+    Fanout(FanoutArgs),
+    /// Reading much that another process has, in order and at random. Needs no KVM.
+    Stream(StreamArgs),
+    /// Processes that write to one page, against hold times. Needs no KVM.
+    Contend(ContendArgs),
     /// A member process of a benchmark.
     #[command(hide = true)]
     Peer(PeerArgs),
@@ -62,6 +74,61 @@ pub struct ManyArgs {
     pub accesses: u32,
 }
 
+/// Flags of `bench fanout`.
+#[derive(Args, Debug)]
+pub struct FanoutArgs {
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// Processes that read.
+    #[arg(long, value_name = "N", default_value_t = FanoutOptions::default().sharers,
+          value_parser = clap::value_parser!(u16).range(1..=63))]
+    pub sharers: u16,
+    /// Pages per run.
+    #[arg(long, value_name = "N", default_value_t = FanoutOptions::default().pages,
+          value_parser = clap::value_parser!(u32).range(10..=100_000))]
+    pub pages: u32,
+    /// Runs; the figures are medians over them.
+    #[arg(long, value_name = "N", default_value_t = FanoutOptions::default().runs,
+          value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub runs: u32,
+}
+
+/// Flags of `bench stream`.
+#[derive(Args, Debug)]
+pub struct StreamArgs {
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// Mebibytes that are read in order.
+    #[arg(long, value_name = "N", default_value_t = StreamOptions::default().mib,
+          value_parser = clap::value_parser!(u32).range(1..=16_384))]
+    pub mib: u32,
+    /// Runs; the figures are medians over them.
+    #[arg(long, value_name = "N", default_value_t = StreamOptions::default().runs,
+          value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub runs: u32,
+}
+
+/// Flags of `bench contend`.
+#[derive(Args, Debug)]
+pub struct ContendArgs {
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// Members of the largest group; every smaller one is measured as well.
+    #[arg(long, value_name = "N", default_value_t = ContendOptions::default().members,
+          value_parser = clap::value_parser!(u16).range(2..=16))]
+    pub members: u16,
+    /// Milliseconds per measurement.
+    #[arg(long, value_name = "MS", default_value_t = ContendOptions::default().millis,
+          value_parser = clap::value_parser!(u64).range(10..=60_000))]
+    pub millis: u64,
+    /// Draw throughput against hold time into this file.
+    #[arg(long, value_name = "FILE.png")]
+    pub plot: Option<PathBuf>,
+}
+
 /// Flags of `bench peer`.
 #[derive(Args, Debug)]
 pub struct PeerArgs {
@@ -74,33 +141,51 @@ pub struct PeerArgs {
 /// # Errors
 /// It could not be run.
 pub fn run(args: &BenchArgs) -> Result<u8, End> {
+    let launcher = self_launcher(&["bench", "peer"])
+        .map_err(|e| End::Failed(format!("can't find this program's own file: {e}")))?;
     match &args.bench {
         Bench::Fault(args) => {
-            let launcher = self_launcher(&["bench", "peer"])
-                .map_err(|e| End::Failed(format!("can't find this program's own file: {e}")))?;
             let options = FaultOptions { pages: args.pages, runs: args.runs, ..FaultOptions::default() };
             let report = fault::run(options, &launcher, progress("fault")).map_err(failed)?;
-            if args.json {
-                let text = serde_json::to_string(&report).map_err(|e| End::Failed(format!("JSON: {e}")))?;
-                output::line(&text);
-            } else {
-                output::line(report.to_string().trim_end());
-            }
+            print(&report, args.json)?;
         }
         Bench::Many(args) => {
             let options =
                 ManyOptions { members: args.members, accesses: args.accesses, ..ManyOptions::default() };
-            let report = many::run(options, progress("many")).map_err(failed)?;
-            if args.json {
-                let text = serde_json::to_string(&report).map_err(|e| End::Failed(format!("JSON: {e}")))?;
-                output::line(&text);
-            } else {
-                output::line(&report.to_string());
+            print(&many::run(options, progress("many")).map_err(failed)?, args.json)?;
+        }
+        Bench::Fanout(args) => {
+            let options = FanoutOptions { sharers: args.sharers, pages: args.pages, runs: args.runs };
+            print(&fanout::run(options, &launcher, progress("fanout")).map_err(failed)?, args.json)?;
+        }
+        Bench::Stream(args) => {
+            let options = StreamOptions { mib: args.mib, runs: args.runs, ..StreamOptions::default() };
+            print(&stream::run(options, &launcher, progress("stream")).map_err(failed)?, args.json)?;
+        }
+        Bench::Contend(args) => {
+            let options =
+                ContendOptions { members: args.members, millis: args.millis, ..ContendOptions::default() };
+            let report = contend::run(options, &launcher, progress("contend")).map_err(failed)?;
+            if let Some(path) = &args.plot {
+                let written = report.plot().and_then(|png| std::fs::write(path, png));
+                written.map_err(|e| End::Failed(format!("can't write {}: {e}", path.display())))?;
             }
+            print(&report, args.json)?;
         }
         Bench::Peer(args) => dsm::bench::peer_main(args.addr).map_err(failed)?,
     }
     Ok(0)
+}
+
+/// A table for people, or one line of JSON.
+fn print<R: Serialize + Display>(report: &R, json: bool) -> Result<(), End> {
+    if json {
+        let text = serde_json::to_string(report).map_err(|e| End::Failed(format!("JSON: {e}")))?;
+        output::line(&text);
+    } else {
+        output::line(report.to_string().trim_end());
+    }
+    Ok(())
 }
 
 fn failed(e: dsm::bench::BenchError) -> End {
