@@ -84,8 +84,9 @@ impl Engine {
             self.ask_ahead(env, companions, now, &mut after);
         } else if is_remote {
             let window = lock(&self.streams).fault(page);
-            for next in env.layout().following(page).take(usize::try_from(window).unwrap_or(0)) {
-                after.add(process(&mut self.shard(next), env, now, Event::Hint { page: next, write }));
+            for next in env.layout().following(page).take(usize::try_from(window.pages).unwrap_or(0)) {
+                let hint = Event::Hint { page: next, write, insist: window.is_steady };
+                after.add(process(&mut self.shard(next), env, now, hint));
             }
         }
         self.follow_up(env, after, now);

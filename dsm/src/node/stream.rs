@@ -11,11 +11,23 @@ const RUNS: usize = 16;
 /// First and longest window, in pages.
 const FIRST: u32 = 4;
 const LONGEST: u32 = 32;
+/// From so many faults in a row on, a run is steady: it takes pages from those who have them, too.
+const STEADY: u32 = 6;
+
+/// What to ask for ahead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Window {
+    /// Number of pages.
+    pub(super) pages: u32,
+    /// Whether the run has gone on for long.
+    pub(super) is_steady: bool,
+}
 
 #[derive(Clone, Copy, Debug)]
 struct Run {
     next: u32,
     window: u32,
+    faults: u32,
 }
 
 /// The runs of one member.
@@ -23,18 +35,18 @@ struct Run {
 pub(super) struct Streams(Vec<Run>);
 
 impl Streams {
-    /// A thread faulted on `page`, which is elsewhere. How many pages behind it to ask for.
-    pub(super) fn fault(&mut self, page: Page) -> u32 {
+    /// A thread faulted on `page`, which is elsewhere: what to ask for of the pages behind it.
+    pub(super) fn fault(&mut self, page: Page) -> Window {
         // The last window may have reached further than the pages that were to be had.
         let is_near = |r: &Run| r.next.checked_sub(page.0).is_some_and(|behind| behind <= r.window);
         let found = self.0.iter().position(is_near);
-        let window = match found.map(|at| self.0.remove(at).window) {
-            Some(window) => (window * 2).clamp(FIRST, LONGEST),
-            None => 0,
+        let (window, faults) = match found.map(|at| self.0.remove(at)) {
+            Some(run) => ((run.window * 2).clamp(FIRST, LONGEST), run.faults.saturating_add(1)),
+            None => (0, 1),
         };
         self.0.truncate(RUNS - 1);
-        self.0.insert(0, Run { next: page.0.saturating_add(window + 1), window });
-        window
+        self.0.insert(0, Run { next: page.0.saturating_add(window + 1), window, faults });
+        Window { pages: window, is_steady: faults >= STEADY }
     }
 }
 
@@ -49,21 +61,24 @@ mod tests {
         let mut windows = Vec::new();
         for _ in 0..6 {
             let window = streams.fault(Page(at));
-            windows.push(window);
-            at += window + 1;
+            windows.push((window.pages, window.is_steady));
+            at += window.pages + 1;
         }
-        assert_eq!(windows, [0, 4, 8, 16, 32, 32]);
-        assert_eq!(streams.fault(Page(at - 20)), 32, "not all of the window was to be had");
-        assert_eq!(streams.fault(Page(7)), 0);
+        let expect = [(0, false), (4, false), (8, false), (16, false), (32, false), (32, true)];
+        assert_eq!(windows, expect);
+        assert_eq!(streams.fault(Page(at - 20)).pages, 32, "not all of the window was to be had");
+        assert_eq!(streams.fault(Page(7)).pages, 0);
     }
 
     #[test]
     fn strangers_push_out_the_oldest_run_only() {
         let mut streams = Streams::default();
         streams.fault(Page(1));
-        (0..RUNS - 1).for_each(|n| assert_eq!(streams.fault(Page(1000 * u32::try_from(n + 1).unwrap())), 0));
-        assert_eq!(streams.fault(Page(2)), FIRST);
-        (0..RUNS).for_each(|n| assert_eq!(streams.fault(Page(5000 * u32::try_from(n + 9).unwrap())), 0));
-        assert_eq!(streams.fault(Page(7)), 0);
+        (0..RUNS - 1)
+            .for_each(|n| assert_eq!(streams.fault(Page(1000 * u32::try_from(n + 1).unwrap())).pages, 0));
+        assert_eq!(streams.fault(Page(2)).pages, FIRST);
+        (0..RUNS)
+            .for_each(|n| assert_eq!(streams.fault(Page(5000 * u32::try_from(n + 9).unwrap())).pages, 0));
+        assert_eq!(streams.fault(Page(7)).pages, 0);
     }
 }

@@ -59,10 +59,12 @@ struct Pending<D> {
 
 /// Why a page is asked for.
 #[derive(Clone, Copy, Debug)]
-struct Reason {
-    write: bool,
-    ahead: bool,
-    hint: bool,
+pub(super) struct Reason {
+    pub(super) write: bool,
+    /// No thread waits for it yet.
+    pub(super) ahead: bool,
+    /// The home may decline.
+    pub(super) hint: bool,
 }
 
 impl Reason {
@@ -289,9 +291,9 @@ impl<D> Cache<D> {
     }
 
     /// Asks for a page that a thread of this member may touch, unless it is here or on its way.
-    pub(super) fn hint(&mut self, now: u64, page: Page, write: bool, home: MemberId, fx: &mut Effects<D>) {
+    pub(super) fn hint(&mut self, now: u64, page: Page, reason: Reason, home: MemberId, fx: &mut Effects<D>) {
         if self.state(page) == State::Invalid && !self.is_pending(page) && !self.is_contended(page) {
-            self.request(now, page, Reason { write, ahead: true, hint: true }, home, fx);
+            self.request(now, page, reason, home, fx);
         }
     }
 

@@ -1,7 +1,7 @@
 //! Both sides of a member behind one door: events in, commands out.
 
 use super::Violation;
-use super::cache::{Cache, Demand, State};
+use super::cache::{Cache, Demand, Reason, State};
 use super::directory::{Directory, Holders, Request};
 use super::hold::{Hold, HoldConfig};
 use super::message::{Contents, Msg, Right, Served, Terms, Want};
@@ -33,6 +33,8 @@ pub enum Event<D> {
         page: Page,
         /// Whether it will write.
         write: bool,
+        /// Whether the home may not decline.
+        insist: bool,
     },
     /// Whether all threads of this member that use the memory rest. While they do, nothing is held longer than the
     /// shortest hold.
@@ -73,7 +75,9 @@ impl<D> Event<D> {
     pub(crate) fn without_bytes(&self) -> Event<()> {
         match self {
             Event::Fault { page, write } => Event::Fault { page: *page, write: *write },
-            Event::Hint { page, write } => Event::Hint { page: *page, write: *write },
+            Event::Hint { page, write, insist } => {
+                Event::Hint { page: *page, write: *write, insist: *insist }
+            }
             Event::Ahead { page } => Event::Ahead { page: *page },
             Event::Rest { resting } => Event::Rest { resting: *resting },
             Event::Soften => Event::Soften,
@@ -248,9 +252,10 @@ impl<D> Core<D> {
                     self.cache.fault(now, page, write, home, &mut self.fx);
                 }
             }
-            Event::Hint { page, write } => {
+            Event::Hint { page, write, insist } => {
                 let Some(home) = self.home(page) else { return Ok(()) };
-                self.cache.hint(now, page, write, home, &mut self.fx);
+                let reason = Reason { write, ahead: true, hint: !insist };
+                self.cache.hint(now, page, reason, home, &mut self.fx);
             }
             Event::Ahead { page } => {
                 let Some(home) = self.home(page) else { return Ok(()) };
