@@ -150,6 +150,12 @@ impl Engine {
         self.settle(env, after, now)
     }
 
+    /// Something that concerns one page only.
+    pub(super) fn one(&self, env: &impl Env, now: u64, page: Page, event: Event<PageBuf>) {
+        let after = process(&mut self.shard(page), env, now, event);
+        self.follow_up(env, after, now);
+    }
+
     /// Hold times have run out.
     pub(crate) fn timers(&self, env: &impl Env, now: u64, pages: &[Page]) {
         let mut after = After::default();

@@ -18,6 +18,7 @@ mod failure;
 mod gang;
 mod keeper;
 mod pace;
+mod save;
 pub(crate) mod shard;
 mod shell;
 mod stream;
@@ -25,6 +26,7 @@ mod threads;
 
 pub use config::{DsmConfig, HoldConfig};
 pub use failure::{Cause, DsmFailure};
+pub use save::{PageSink, PageSource, SaveError, SaveOptions, Saved};
 
 use crate::addr::{MAX_MEMBERS, MemberId, PAGE_SIZE};
 use crate::layout::LayoutError;
@@ -34,6 +36,7 @@ use shell::Shell;
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 use thiserror::Error;
 
 /// A member that could not be started or filled.
@@ -117,6 +120,59 @@ impl Dsm {
     /// aligned; the rest of a partly filled page is zero, or what an earlier call put there.
     pub fn preload(&self, gpa: u64, bytes: &[u8]) -> Result<(), DsmError> {
         self.shell.preload(gpa, bytes)
+    }
+
+    /// For how long the memory may still move though nobody uses it: waits until nothing is under way at this member. When
+    /// that is so at all members, whose vCPUs and devices stand still, the memory is the same everywhere.
+    /// [`Dsm::release`] ends it.
+    ///
+    /// # Errors
+    /// Something is still under way at the deadline, or the memory has failed.
+    pub fn quiesce(&self, limit: Duration) -> Result<(), SaveError> {
+        self.shell.quiesce(limit)
+    }
+
+    /// Pages may be brought in ahead again.
+    pub fn release(&self) {
+        self.shell.release();
+    }
+
+    /// Saves what this member has to save of the memory. All members must be quiet ([`Dsm::quiesce`]) and stay so. If it
+    /// fails, the next one must be full.
+    ///
+    /// # Errors
+    /// What the sink said, a page that can't be had, or a memory that has failed.
+    pub fn save(&self, options: SaveOptions, sink: &mut dyn PageSink) -> Result<Saved, SaveError> {
+        self.shell.save(options, sink)
+    }
+
+    /// This member has the image that pages are adopted from; once, before [`Dsm::adopt`].
+    pub fn set_image(&self, image: Arc<dyn PageSource>) {
+        let _ = self.shell.image.set(image);
+    }
+
+    /// Before anybody uses the memory, and at every member: the contents of these runs of pages (address, number) are in
+    /// the image that `holder` has.
+    ///
+    /// # Errors
+    /// A page that does not exist or has been touched.
+    pub fn adopt(&self, runs: &[(u64, u32)], holder: MemberId) -> Result<(), DsmError> {
+        self.shell.adopt(runs, holder)
+    }
+
+    /// Brings adopted pages in before anybody needs them, at a pace that leaves room for who does: each page comes to its
+    /// home. Returns at once.
+    ///
+    /// # Errors
+    /// No thread.
+    pub fn prefetch(&self, runs: Vec<(u64, u32)>, holder: MemberId) -> Result<(), DsmError> {
+        let shell = self.shell.clone();
+        // It holds what it uses, and ends soon after the memory has.
+        thread::Builder::new()
+            .name("dsm-prefetch".into())
+            .spawn(move || shell.prefetch(&runs, holder))
+            .map_err(|source| DsmError::Start { what: "a memory thread", source })?;
+        Ok(())
     }
 
     /// Counters since the start. Walks the page tables of the protocol: milliseconds for gigabytes.

@@ -49,6 +49,14 @@ pub(crate) trait Env {
     /// Sees to it that [`Event::Timer`] comes at `at`.
     fn set_timer(&self, at: u64, page: Page);
 
+    /// The contents of a page that are still in the image.
+    ///
+    /// # Errors
+    /// The image can't be read; its text says why.
+    fn image(&self, page: Page, _out: &mut [u8; PAGE]) -> Result<(), RegionError> {
+        Err(RegionError::Image { gpa: self.layout().gpa_of(page), what: "there is none".into() })
+    }
+
     /// Whether the memory has neither failed nor been shut down.
     fn is_running(&self) -> bool;
 
@@ -209,6 +217,23 @@ impl Shard {
                 kernel.fill_zero(page, count, false)?;
                 self.budget.add(i64::from(count));
                 stats.first_touch(page, count, &served, env.now());
+                after.wake = Some(page);
+            }
+            Command::Load { page, protect, wake } => {
+                let mut bytes = self.buffer(&[]);
+                env.image(page, &mut bytes)?;
+                kernel.fill(page, &bytes, protect)?;
+                self.budget.add(1);
+                if self.spare.len() < SPARE {
+                    self.spare.push(bytes);
+                }
+                if wake {
+                    after.wake = Some(page);
+                }
+            }
+            Command::Reopen { page } => {
+                kernel.unprotect(page)?;
+                stats.reopened();
                 after.wake = Some(page);
             }
             Command::Wake { page } => {

@@ -5,6 +5,7 @@ use super::engine::Engine;
 use super::failure::{Cause, DsmFailure};
 use super::keeper::Keeper;
 use super::pace::Pace;
+use super::save::PageSource;
 use super::shard::Env;
 use super::{DsmError, PAGE};
 use crate::addr::{Epoch, MAX_MEMBERS, MemberId, PAGE_SIZE};
@@ -17,7 +18,7 @@ use crate::transport::frame::Header;
 use crate::transport::link::{Flush, Link};
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 /// Number of protocol cores is `1 << SHARD_BITS`.
@@ -36,16 +37,19 @@ struct Report {
 /// `log` are taken alone.
 pub(super) struct Shell {
     cfg: DsmConfig,
-    layout: Arc<Layout>,
+    pub(super) layout: Arc<Layout>,
     members: MemberSet,
-    region: Region,
-    engine: Engine,
+    pub(super) region: Region,
+    pub(super) engine: Engine,
     links: Vec<Option<Link>>,
     keeper: Keeper,
     pace: Pace,
     state: AtomicU8,
     report: Mutex<Report>,
     log: Option<Mutex<FaultLog>>,
+    pub(super) image: OnceLock<Arc<dyn PageSource>>,
+    /// Nothing is brought in ahead while a cut is being made.
+    pub(super) is_held: Mutex<bool>,
     start: Instant,
 }
 
@@ -92,6 +96,13 @@ impl Env for Shell {
 
     fn set_timer(&self, at: u64, page: Page) {
         self.keeper.set_timer(at, page);
+    }
+
+    fn image(&self, page: Page, out: &mut [u8; PAGE]) -> Result<(), RegionError> {
+        let gpa = self.layout.gpa_of(page);
+        let failed = |what: String| RegionError::Image { gpa, what };
+        let image = self.image.get().ok_or_else(|| failed("there is none".into()))?;
+        image.page(gpa, out).map_err(failed)
     }
 
     fn is_running(&self) -> bool {
@@ -165,6 +176,8 @@ impl Shell {
             state: AtomicU8::new(RUNNING),
             report: Mutex::default(),
             log: (cfg.fault_log > 0).then(|| Mutex::new(FaultLog::new(cfg.fault_log))),
+            image: OnceLock::new(),
+            is_held: Mutex::new(false),
             start: Instant::now(),
             cfg,
         })

@@ -30,9 +30,15 @@ pub enum State {
     Modified,
 }
 
-/// Low bits of a page's byte: its state. The rest is its hold level.
+/// Low bits of a page's byte: its state.
 const STATE_MASK: u8 = 3;
+/// Three bits of a page's byte: its hold level.
 const LEVEL_SHIFT: u8 = 2;
+const LEVEL_MASK: u8 = 7 << LEVEL_SHIFT;
+/// Of a Modified page: its contents are still in the image ([`super::cut`]), not in memory.
+const IN_IMAGE: u8 = 1 << 6;
+/// Of a Modified page: it has not been written to since the last cut; the memory is write-protected.
+const CLEAN: u8 = 1 << 7;
 /// Stamps count units of 1024 ns and wrap; 0 means that the page never came from elsewhere.
 const STAMP_SHIFT: u32 = 10;
 /// An event may be this many units older than the page's stamp: a second.
@@ -155,8 +161,59 @@ impl<D> Cache<D> {
 
     pub(super) fn set(&mut self, page: Page, state: State) {
         if let Some(byte) = self.bytes.get_mut(self.share.slot(page)) {
-            *byte = (*byte & !STATE_MASK) | state as u8;
+            *byte = (*byte & LEVEL_MASK) | state as u8;
         }
+    }
+
+    fn flag(&self, page: Page, flag: u8) -> bool {
+        self.bytes.get(self.share.slot(page)).is_some_and(|b| b & flag != 0)
+    }
+
+    /// Whether a Modified page has not been written to since the last cut.
+    pub fn is_clean(&self, page: Page) -> bool {
+        self.flag(page, CLEAN)
+    }
+
+    /// Whether a Modified page's contents are still in the image.
+    pub fn is_in_image(&self, page: Page) -> bool {
+        self.flag(page, IN_IMAGE)
+    }
+
+    /// Whether a Modified page may be written to.
+    pub(super) fn is_writable(&self, page: Page) -> bool {
+        self.state(page) == State::Modified && !self.flag(page, CLEAN | IN_IMAGE)
+    }
+
+    /// A Modified page has been saved: the next write shows as a fault. The shell write-protects it.
+    pub(super) fn set_clean(&mut self, page: Page) {
+        if let Some(byte) = self.bytes.get_mut(self.share.slot(page)) {
+            *byte |= CLEAN;
+        }
+    }
+
+    /// The page is here, and its contents are in the image.
+    pub(super) fn adopt(&mut self, page: Page) {
+        self.set(page, State::Modified);
+        if let Some(byte) = self.bytes.get_mut(self.share.slot(page)) {
+            *byte |= CLEAN | IN_IMAGE;
+        }
+    }
+
+    /// Brings the contents of a page from the image, if they are still there. Says whether they were.
+    pub(super) fn load(&mut self, page: Page, write: bool, wake: bool, fx: &mut Effects<D>) -> bool {
+        if !self.is_in_image(page) {
+            return false;
+        }
+        if let Some(byte) = self.bytes.get_mut(self.share.slot(page)) {
+            *byte &= if write { !(IN_IMAGE | CLEAN) } else { !IN_IMAGE };
+        }
+        fx.push(Command::Load { page, protect: !write, wake });
+        true
+    }
+
+    /// Whether nothing is under way here.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.pending.is_empty() && self.deferred.is_empty()
     }
 
     /// Whether a request for the page is on its way.
@@ -179,12 +236,12 @@ impl<D> Cache<D> {
     }
 
     fn level(&self, page: Page) -> u8 {
-        self.bytes.get(self.share.slot(page)).map_or(0, |b| b >> LEVEL_SHIFT)
+        self.bytes.get(self.share.slot(page)).map_or(0, |b| (b & LEVEL_MASK) >> LEVEL_SHIFT)
     }
 
     fn set_level(&mut self, page: Page, level: u8) {
         if let Some(byte) = self.bytes.get_mut(self.share.slot(page)) {
-            *byte = (*byte & STATE_MASK) | (level << LEVEL_SHIFT);
+            *byte = (*byte & !LEVEL_MASK) | ((level << LEVEL_SHIFT) & LEVEL_MASK);
         }
     }
 
@@ -226,6 +283,13 @@ impl<D> Cache<D> {
     /// A thread of this member touched a page without the right to.
     pub(super) fn fault(&mut self, now: u64, page: Page, write: bool, home: MemberId, fx: &mut Effects<D>) {
         match self.state(page) {
+            State::Modified if self.load(page, write, true, fx) => return,
+            State::Modified if write && self.is_clean(page) => {
+                if let Some(byte) = self.bytes.get_mut(self.share.slot(page)) {
+                    *byte &= !CLEAN;
+                }
+                return fx.push(Command::Reopen { page });
+            }
             State::Modified => return fx.push(Command::Wake { page }),
             State::Shared if !write => return fx.push(Command::Wake { page }),
             _ => {}
@@ -253,7 +317,8 @@ impl<D> Cache<D> {
         let state = self.state(page);
         let is_held = || self.age(now, page).is_some_and(|age| age <= self.hold.time(self.level(page)));
         let is_free = !self.is_pending(page) && !self.deferred.contains_key(&page);
-        (state != State::Invalid && is_free && !is_held()).then_some(state)
+        let is_here = state != State::Invalid && !self.is_in_image(page);
+        (is_here && is_free && !is_held()).then_some(state)
     }
 
     /// Asks the home to take a page back, or to forget this copy, unless something is under way here.
@@ -647,7 +712,8 @@ impl<D> Cache<D> {
             Demand::Give { requester, terms, data } => {
                 let write = terms.right == Right::Modified;
                 if data {
-                    let protect = state == State::Modified;
+                    self.load(page, false, false, fx);
+                    let protect = self.is_writable(page);
                     fx.push(Command::Give { to: requester, page, terms, protect, drop: write });
                 } else {
                     fx.push(Command::Drop { page });

@@ -4,7 +4,7 @@
 use super::{Command, Contents, Core, CoreConfig, Event, Msg, Right, Violation};
 use crate::addr::{HomeRange, MemberId};
 use crate::layout::{Layout, Page};
-use crate::protocol::cache::State;
+use crate::protocol::cut::Duty;
 use crate::protocol::hold::HoldConfig;
 use crate::protocol::pages::Share;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -134,6 +134,57 @@ impl Cluster {
         }
     }
 
+    /// While nothing is under way: every member saves what it has to, into `image`. A page that is neither saved now nor
+    /// was at an earlier cut keeps the image's value, so a change that was missed shows as a wrong one.
+    pub(super) fn cut(&mut self, full: bool, image: &mut [u8]) -> Result<(), String> {
+        let (mut answers_for, mut touched) = (0, 0);
+        for member in 0..self.cores.len() {
+            for page in (0u32..).zip(self.newest.clone()).map(|(n, _)| Page(n)) {
+                let member_id = u16::try_from(member).unwrap();
+                if let Duty::Fetch { changed } = self.cores[member].duty(page) {
+                    if changed || full {
+                        self.handle(member_id, NOW, Event::Fault { page, write: false });
+                        super::properties::settle(self)?;
+                    }
+                }
+                touched += u32::from(self.cores[member].is_touched(page));
+                let duty = self.cores[member].duty(page);
+                answers_for += u32::from(duty != Duty::None);
+                let Duty::Save { changed, in_image } = duty else { continue };
+                if changed || full {
+                    let copy = self.memory[member].get(&page).map(|c| c.value);
+                    let value = if in_image { Some(image[page.0 as usize]) } else { copy };
+                    image[page.0 as usize] = value.ok_or("saves a page that it does not have")?;
+                }
+                if self.cores[member].saved(page) {
+                    match self.memory[member].get_mut(&page) {
+                        Some(copy) => copy.writable = false,
+                        None => return Err("protects a page that it does not have".into()),
+                    }
+                }
+            }
+        }
+        if answers_for == touched { Ok(()) } else { Err(format!("{answers_for} of {touched} pages")) }
+    }
+
+    /// A cluster that starts from an image that `holder` has.
+    pub(super) fn from_image(members: u16, homes: &[u16], holder: u16, image: &[u8]) -> Cluster {
+        let mut cluster = Cluster::new(members, homes, false);
+        cluster.newest = image.to_vec();
+        for (n, _) in (0u32..).zip(image).filter(|(_, value)| **value != 0) {
+            let home = homes[n as usize];
+            for member in [home, holder].into_iter().collect::<BTreeSet<u16>>() {
+                assert!(cluster.cores[usize::from(member)].adopt(Page(n), MemberId(holder)));
+            }
+        }
+        cluster
+    }
+
+    /// A page in the image is to come ahead of need.
+    pub(super) fn load(&mut self, member: u16, page: Page) {
+        self.handle(member, NOW, Event::Load { page });
+    }
+
     /// A member would like to be rid of a page.
     pub(super) fn evict(&mut self, member: u16, page: Page) {
         self.handle(member, NOW + LONGEST, Event::Evict { page });
@@ -243,6 +294,22 @@ impl Cluster {
                     self.wake(member, page);
                 }
             }
+            Command::Load { page, protect, wake } => {
+                let value = self.newest[page.0 as usize];
+                if memory.insert(page, Copy { value, writable: !protect }).is_some() {
+                    return self.memory_error("loaded a page that is there");
+                }
+                if wake {
+                    self.wake(member, page);
+                }
+            }
+            Command::Reopen { page } => {
+                match memory.get_mut(&page) {
+                    Some(copy) if !copy.writable => copy.writable = true,
+                    _ => return self.memory_error("reopened a page that is not closed"),
+                }
+                self.wake(member, page);
+            }
             Command::Wake { page } => self.wake(member, page),
             Command::Timer { page, at } => {
                 // One that is there is left over from a hold that ended early; the core would ignore it.
@@ -257,7 +324,7 @@ impl Cluster {
         for waiter in woken {
             if self.has(member, page, waiter.2) {
                 self.waiting.remove(&waiter);
-            } else if self.cores[usize::from(member)].cache().state(page) == State::Modified {
+            } else if self.cores[usize::from(member)].cache().is_writable(page) {
                 return self.memory_error("the core takes a page for writable that is not");
             } else {
                 self.handle(member, NOW, Event::Fault { page, write: waiter.2 });

@@ -54,6 +54,11 @@ pub enum Event<D> {
     },
     /// The members have agreed on their time slots, or corrected a clock.
     Slots(Slots),
+    /// A page whose contents are still in the image is to be brought in, before anybody needs it.
+    Load {
+        /// The page.
+        page: Page,
+    },
     /// A message arrived.
     Message {
         /// Its sender.
@@ -84,6 +89,7 @@ impl<D> Event<D> {
             Event::Evict { page } => Event::Evict { page: *page },
             Event::Yield => Event::Yield,
             Event::Slots(slots) => Event::Slots(*slots),
+            Event::Load { page } => Event::Load { page: *page },
             Event::Message { from, page, msg } => {
                 Event::Message { from: *from, page: *page, msg: msg.without_bytes() }
             }
@@ -144,6 +150,21 @@ pub enum Command<D> {
         /// The fault that this ends.
         served: Served,
     },
+    /// Put the contents of the page in place that the image has, write-protected if `protect`, and wake all who wait for
+    /// the page if `wake`.
+    Load {
+        /// The page.
+        page: Page,
+        /// It stays as it was saved.
+        protect: bool,
+        /// Somebody may wait.
+        wake: bool,
+    },
+    /// End the write protection of a page that was saved, and wake all who wait to write to it.
+    Reopen {
+        /// The page.
+        page: Page,
+    },
     /// Wake all who wait for the page: it is there.
     Wake {
         /// The page.
@@ -200,12 +221,12 @@ pub struct CoreConfig {
 /// A member's protocol for its share of the pages.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Core<D> {
-    me: MemberId,
+    pub(super) me: MemberId,
     layout: Arc<Layout>,
     share: Share,
     first_touch: u32,
-    cache: Cache<D>,
-    directory: Directory,
+    pub(super) cache: Cache<D>,
+    pub(super) directory: Directory,
     fx: Effects<D>,
 }
 
@@ -278,6 +299,9 @@ impl<D> Core<D> {
                 self.cache.evict(now, page, home, &mut self.fx);
             }
             Event::Slots(slots) => self.cache.set_slots(slots),
+            Event::Load { page } => {
+                self.cache.load(page, false, false, &mut self.fx);
+            }
             Event::Timer { page } => {
                 let Some(home) = self.home(page) else { return Ok(()) };
                 self.cache.timer(now, page, home, &mut self.fx);
@@ -292,7 +316,7 @@ impl<D> Core<D> {
         Ok(())
     }
 
-    fn home(&self, page: Page) -> Option<MemberId> {
+    pub(super) fn home(&self, page: Page) -> Option<MemberId> {
         self.layout.home_of(page).filter(|_| self.share.has(page))
     }
 

@@ -33,6 +33,8 @@ pub enum Holders {
 type Packed = [u64; 2];
 const SHARED: u64 = 1 << 16;
 const MODIFIED: u64 = 2 << 16;
+/// Of a shared page: its contents are those of the last cut ([`super::cut`]).
+const SAVED: u64 = 4 << 16;
 
 fn pack(holders: Holders) -> Packed {
     match holders {
@@ -109,6 +111,34 @@ impl Directory {
         }
     }
 
+    /// Changes who has a copy of a shared page, which does not change its contents.
+    fn set_sharers(&mut self, page: Page, owner: MemberId, sharers: MemberSet) {
+        let saved = self.is_saved(page);
+        self.set(page, Holders::Shared { owner, sharers });
+        if saved {
+            self.set_saved(page);
+        }
+    }
+
+    /// Whether a shared page's contents are those of the last cut.
+    pub fn is_saved(&self, page: Page) -> bool {
+        self.entries
+            .get(self.share.slot(page))
+            .is_some_and(|[_, word]| word & (SHARED | SAVED) == SHARED | SAVED)
+    }
+
+    /// A shared page has been saved.
+    pub(super) fn set_saved(&mut self, page: Page) {
+        if let Some([_, word]) = self.entries.get_mut(self.share.slot(page)) {
+            *word |= SAVED;
+        }
+    }
+
+    /// Whether no transaction is under way here.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.busy.is_empty()
+    }
+
     /// Whether a transaction of the page is under way.
     pub fn is_busy(&self, page: Page) -> bool {
         self.busy.contains_key(&page)
@@ -152,7 +182,7 @@ impl Directory {
                     _ if others.has(self.me) => self.me,
                     _ => first,
                 };
-                self.set(page, Holders::Shared { owner, sharers: others });
+                self.set_sharers(page, owner, others);
                 fx.send(from, page, Msg::Release { token });
                 let busy = Busy { token, closer: from, requester: None, queue: VecDeque::new() };
                 self.busy.insert(page, busy);
@@ -245,7 +275,7 @@ impl Directory {
                 if sharers.has(from) {
                     return Err("asked to read a page that it has");
                 }
-                self.set(page, Holders::Shared { owner, sharers: sharers.with(from) });
+                self.set_sharers(page, owner, sharers.with(from));
                 let source = if sharers.has(me) { me } else { owner };
                 let done = source != me;
                 let terms = Terms { token, right, acks: MemberSet::EMPTY, done };

@@ -29,6 +29,7 @@
 
 pub mod cache;
 mod core;
+pub mod cut;
 pub mod directory;
 pub mod hold;
 pub mod message;

@@ -6,14 +6,14 @@ use crate::layout::Page;
 use proptest::prelude::*;
 
 #[derive(Clone, Copy, Debug)]
-enum Step {
+pub(super) enum Step {
     Touch { member: u16, page: u32, write: bool },
     Store { member: u16, page: u32 },
     Deliver { line: usize },
     Fire { timer: usize },
 }
 
-fn step(members: u16, pages: u32) -> impl Strategy<Value = Step> {
+pub(super) fn step(members: u16, pages: u32) -> impl Strategy<Value = Step> {
     prop_oneof![
         3 => (0..members, 0..pages, any::<bool>())
             .prop_map(|(member, page, write)| Step::Touch { member, page, write }),
@@ -23,7 +23,7 @@ fn step(members: u16, pages: u32) -> impl Strategy<Value = Step> {
     ]
 }
 
-fn apply(cluster: &mut Cluster, step: Step) {
+pub(super) fn apply(cluster: &mut Cluster, step: Step) {
     match step {
         Step::Touch { member, page, write } => cluster.touch(member, Page(page), write),
         Step::Store { member, page } => {

@@ -56,6 +56,14 @@ pub enum RegionError {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// The page's contents can't be had from the image.
+    #[error("guest page {gpa:#x} can't be read from the image: {what}")]
+    Image {
+        /// The page's address.
+        gpa: u64,
+        /// Why.
+        what: String,
+    },
     /// One step on one page failed.
     #[error("{step} of guest page {gpa:#x} failed: {source}")]
     Step {
@@ -210,6 +218,32 @@ impl Region {
 
     fn found(&self, page: Page) -> io::Result<(&Span, u64)> {
         self.locate(page).ok_or_else(|| io::Error::from_raw_os_error(libc::EFAULT))
+    }
+
+    /// Takes the right to write away from a run of pages of one range.
+    pub fn protect_run(&self, page: Page, count: u32) -> Result<(), RegionError> {
+        let mut done = 0;
+        while done < count {
+            let next = Page(page.0.saturating_add(done));
+            let (span, offset) = self.found(next).map_err(|e| self.step("write protection", next, e))?;
+            let room = (span.stripe - offset % span.stripe).min(span.map.len() - offset);
+            let len = (u64::from(count - done) * PAGE_SIZE).min(room);
+            match self.uffd(span, offset).write_protect(span.map.base() + offset, len, true, Wake::Later) {
+                Ok(()) => done += u32::try_from(len / PAGE_SIZE).unwrap_or(u32::MAX),
+                // The address space changed under it: once more.
+                Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => {}
+                Err(e) => return Err(self.step("write protection", next, e)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies pages that are present and that nobody writes to, of one range.
+    pub fn read_run(&self, page: Page, count: u32, out: &mut Vec<u8>) -> Result<(), RegionError> {
+        let (span, offset) = self.found(page).map_err(|e| self.step("read", page, e))?;
+        let len = usize::try_from(count).unwrap_or(usize::MAX).saturating_mul(PAGE);
+        span.map.read(offset, len, out);
+        Ok(())
     }
 
     /// Overwrites part of a page that is present and writable; what does not fit into the page is left out.

@@ -109,6 +109,11 @@ impl ShardStats {
         self.faults.spurious += 1;
     }
 
+    /// A page was written to for the first time since it was saved.
+    pub fn reopened(&mut self) {
+        self.faults.reopened += 1;
+    }
+
     /// A page went to another member.
     pub fn gave(&mut self, page: Page, zero: bool) {
         self.pages_given += 1;

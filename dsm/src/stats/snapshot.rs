@@ -26,6 +26,9 @@ pub struct FaultCounts {
     /// Contended pages that came along with one of their gang before a thread touched them.
     #[serde(default)]
     pub ahead: u64,
+    /// First writes to pages since they were saved by a checkpoint.
+    #[serde(default)]
+    pub reopened: u64,
     /// Threads that waited for a page that had come in the meantime.
     pub spurious: u64,
 }
@@ -51,6 +54,7 @@ impl FaultCounts {
         self.first_touch += other.first_touch;
         self.first_touch_pages += other.first_touch_pages;
         self.ahead += other.ahead;
+        self.reopened += other.reopened;
         self.spurious += other.spurious;
     }
 }

@@ -214,7 +214,7 @@ mod tests {
             (|m| m.memory.clear(), "0 pages"),
             (|m| m.memory[1].start = 4096, "0x1000+0x1000"),
             (|m| m.memory[0].len = 1, "0x0+0x1"),
-            (|m| m.memory[1].len = u64::MAX & !4095, "impossible"),
+            (|m| m.memory[1].len = !4095, "impossible"),
             (|m| m.parts[0].file = "../x".into(), "../x"),
             (|m| m.parent.as_mut().unwrap().folder = "/etc".into(), "/etc"),
         ];

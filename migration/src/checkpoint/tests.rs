@@ -156,7 +156,7 @@ fn no_changed_byte_goes_unnoticed() {
             let error = load(&folder).unwrap_err().to_string();
             assert!(error.contains(path.to_str().unwrap()), "{file} cut to {length}: {error}");
         }
-        fs::write(&path, &[&bytes[..], b"more"].concat()).unwrap();
+        fs::write(&path, [&bytes[..], b"more"].concat()).unwrap();
         assert!(load(&folder).is_err());
         fs::write(&path, &bytes).unwrap();
     }
