@@ -185,6 +185,11 @@ impl Cluster {
         self.handle(member, NOW, Event::Load { page });
     }
 
+    /// A member would like to have a page that no thread waits for.
+    pub(super) fn hint(&mut self, member: u16, page: Page, write: bool) {
+        self.handle(member, NOW, Event::Hint { page, write });
+    }
+
     /// A member would like to be rid of a page.
     pub(super) fn evict(&mut self, member: u16, page: Page) {
         self.handle(member, NOW + LONGEST, Event::Evict { page });

@@ -20,6 +20,7 @@ struct State {
     faults: Vec<u8>,
     stores: Vec<u8>,
     evictions: u8,
+    hints: u8,
     has_evicted: bool,
 }
 
@@ -28,6 +29,7 @@ enum Action {
     Fault { member: u16, page: Page, write: bool },
     Store { member: u16, page: Page },
     Evict { member: u16, page: Page },
+    Hint { member: u16, page: Page, write: bool },
     Deliver { from: u16, to: u16 },
     Fire { member: u16, page: Page },
     Crash { member: u16 },
@@ -45,6 +47,8 @@ struct Small {
     stores: u8,
     /// Evictions of all members together.
     evictions: u8,
+    /// Pages that members ask for without a thread that waits, all together.
+    hints: u8,
     hold: bool,
     crash: bool,
 }
@@ -56,6 +60,7 @@ impl Small {
         faults: &[2, 2, 2],
         stores: 1,
         evictions: 0,
+        hints: 0,
         hold: false,
         crash: false,
     };
@@ -70,6 +75,9 @@ impl Small {
             let waits = cluster.waiting.contains(&(member, page, write));
             if state.faults[at] > 0 && !waits && !cluster.has(member, page, write) {
                 actions.push(Action::Fault { member, page, write });
+            }
+            if state.hints > 0 && !cluster.has(member, page, false) && !waits {
+                actions.push(Action::Hint { member, page, write });
             }
         }
         if state.stores[at] > 0 && cluster.has(member, page, true) {
@@ -91,6 +99,7 @@ impl Model for Small {
             faults: self.faults.to_vec(),
             stores: vec![self.stores; usize::from(self.members)],
             evictions: self.evictions,
+            hints: self.hints,
             has_evicted: false,
         }]
     }
@@ -126,6 +135,10 @@ impl Model for Small {
             Action::Evict { member, page } => {
                 state.evictions -= 1;
                 cluster.evict(member, page);
+            }
+            Action::Hint { member, page, write } => {
+                state.hints -= 1;
+                cluster.hint(member, page, write);
             }
             Action::Deliver { from, to } => {
                 let before = cluster.copies(to);
@@ -186,6 +199,11 @@ fn one_page_with_evictions() {
 }
 
 #[test]
+fn one_page_with_hints() {
+    check(Small { hints: 2, faults: &[1, 2, 1], hold: true, ..Small::ONE_PAGE });
+}
+
+#[test]
 fn one_page_and_a_crash() {
     check(Small { crash: true, evictions: 1, faults: &[1, 2, 1], ..Small::ONE_PAGE });
 }
@@ -200,8 +218,9 @@ fn two_pages() {
 fn two_pages_with_everything() {
     check(Small {
         homes: &[0, 1],
-        faults: &[2, 2, 1],
+        faults: &[2, 1, 1],
         evictions: 1,
+        hints: 1,
         hold: true,
         crash: true,
         ..Small::ONE_PAGE

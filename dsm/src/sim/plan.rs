@@ -86,6 +86,8 @@ pub(super) struct Plan {
     pub(super) first_touch: u32,
     /// Pages that a member may keep.
     pub(super) budget: Option<u64>,
+    /// Length of a time slot, as a power of two of nanoseconds, if there are slots.
+    pub(super) slots: Option<u8>,
     pub(super) taste: Taste,
     pub(super) wire: Wire,
     /// Longest time that a thread of a member takes between two steps of its own work, in nanoseconds.
@@ -114,6 +116,7 @@ impl Plan {
             hold: hold(rng),
             first_touch: [1, 1, 2, 8][rng.index(4)],
             budget: [None, Some(rng.range(1, 4))][rng.index(2)],
+            slots: [None, Some(u8::try_from(rng.range(18, 21)).unwrap_or(18))][rng.index(2)],
             taste: taste(rng),
             wire: wire(rng),
             step: rng.range(200, 4 * US),
@@ -203,6 +206,7 @@ fn taste(rng: &Rng) -> Taste {
         adds: rng.range(50, 400),
         clears: [0, 0, 20, 100][rng.index(4)],
         crowding: [0, 300, 900][rng.index(3)],
+        runs: [0, 0, 700][rng.index(3)],
         think,
         rests: [0, 0, 100, 500][rng.index(4)],
         longest_rest: [30 * US, MS][rng.index(2)],

@@ -73,6 +73,10 @@ pub struct SimTally {
     pub full: u64,
     /// Pages asked for along with one that was missed.
     pub aheads: u64,
+    /// Pages asked for because they follow one that was missed.
+    pub hints: u64,
+    /// How often a home declined that.
+    pub declined: u64,
     /// Times that contended pages were let go together.
     pub yields: u64,
     /// Pages that were asked to go.
@@ -97,6 +101,8 @@ impl SimTally {
         self.aheads += t.aheads;
         self.yields += t.yields;
         self.rests += t.rests;
+        self.hints += t.hints;
+        self.declined += t.declined;
         self.evictions += t.evictions;
         self.fatal += u64::from(is_fatal);
     }

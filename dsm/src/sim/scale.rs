@@ -73,11 +73,13 @@ fn plan(load: Load) -> Plan {
         hold: crate::protocol::hold::HoldConfig::default(),
         first_touch: 1,
         budget: None,
+        slots: None,
         taste: Taste {
             writes: load.writes / 2,
             adds: load.writes / 2,
             clears: 0,
             crowding: 0,
+            runs: 0,
             think: 2 * US,
             rests: 0,
             longest_rest: 0,

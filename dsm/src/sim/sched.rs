@@ -22,6 +22,8 @@ pub(super) enum Event {
     Rest { member: u16 },
     /// A thread of the workload is about to wait for another member.
     Soften { member: u16 },
+    /// A member learns how long slots are, as a power of two of nanoseconds, and how far its clock is off.
+    Slots { member: u16, shift: u8, offset: i64 },
     /// The world does the n-th thing of its plan.
     Chaos(usize),
     /// Everybody who waits is looked at.
@@ -37,7 +39,8 @@ impl Event {
             | Event::Flush { member, .. }
             | Event::Timer { member, .. }
             | Event::Rest { member }
-            | Event::Soften { member } => Some(member),
+            | Event::Soften { member }
+            | Event::Slots { member, .. } => Some(member),
             Event::Chaos(_) | Event::Watch => None,
         }
     }

@@ -23,6 +23,8 @@ fn a_few_hundred_seeds_are_clean() {
         t.yields,
         t.rests,
         t.evictions,
+        t.hints,
+        t.declined,
     ];
     assert!(rare.iter().all(|n| *n > 0), "something never happened: {t:?}");
 }

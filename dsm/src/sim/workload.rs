@@ -28,6 +28,8 @@ pub(super) struct Taste {
     pub(super) clears: u64,
     /// Accesses that go to the first page of the list.
     pub(super) crowding: u64,
+    /// Accesses that go to the page behind the last one.
+    pub(super) runs: u64,
     /// Longest time between two accesses, in nanoseconds.
     pub(super) think: u64,
     /// Accesses after which a thread rests for a while, as a vCPU in HLT does.
@@ -49,11 +51,12 @@ pub(super) struct Thread {
     pub(super) tries: u32,
     /// Whether it rests.
     pub(super) rests: bool,
+    last: Page,
 }
 
 impl Thread {
     pub(super) fn new(left: u32) -> Thread {
-        Thread { left, ops: VecDeque::new(), waits: None, tries: 0, rests: false }
+        Thread { left, ops: VecDeque::new(), waits: None, tries: 0, rests: false, last: Page(0) }
     }
 
     /// The access that it is at, or `None` if it is done.
@@ -66,8 +69,14 @@ impl Thread {
     }
 
     fn plan(&mut self, rng: &Rng, taste: &Taste, pages: &[Page], unique: u64) {
-        let at = if rng.chance(taste.crowding) { 0 } else { rng.index(pages.len()) };
-        let Some(page) = pages.get(at).copied() else { return };
+        let page = if taste.runs > 0 && rng.chance(taste.runs) {
+            Page((self.last.0 + 1) % u32::try_from(pages.len()).unwrap_or(1).max(1))
+        } else {
+            let at = if rng.chance(taste.crowding) { 0 } else { rng.index(pages.len()) };
+            let Some(page) = pages.get(at).copied() else { return };
+            page
+        };
+        self.last = page;
         let word = rng.index(WORDS.len());
         let dice = rng.below(1000);
         let access = if dice < taste.writes {

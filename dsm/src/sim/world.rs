@@ -15,9 +15,9 @@ use super::workload::Thread;
 use crate::addr::{Epoch, MemberId};
 use crate::layout::{Layout, Page};
 use crate::node::Cause;
-use crate::node::shard::Env;
-use crate::node::shard::PageBuf;
-use crate::protocol::{CoreConfig, Event as Input, MemberSet, pages::Share};
+use crate::node::shard::{Env, PageBuf};
+use crate::protocol::slots::Slots;
+use crate::protocol::{CoreConfig, Event as Input, MemberSet, Msg, pages::Share};
 use crate::region::Kernel;
 use crate::transport::frame::{Frame, HEADER_LEN, Header, PAGE_LEN, Rules};
 use crate::transport::link::{Flush, Link};
@@ -46,6 +46,8 @@ pub(super) struct Tally {
     pub(super) handled: u64,
     pub(super) aheads: u64,
     pub(super) yields: u64,
+    pub(super) hints: u64,
+    pub(super) declined: u64,
     pub(super) evictions: u64,
     pub(super) rests: u64,
     /// Accesses that had to wait, and how long all of them together, in nanoseconds.
@@ -205,6 +207,16 @@ impl World {
                 self.thread_soon(member.number, thread);
             }
         }
+        if let Some(shift) = self.plan.slots {
+            let rng = &self.sched.rng;
+            for member in (0..self.plan.members).filter(|_| !rng.chance(100)) {
+                // Some learn it late, or twice; their clocks are off by up to a slot.
+                for at in [rng.skewed(MS), rng.skewed(4 * MS)] {
+                    let offset = i64::try_from(rng.skewed(1 << shift)).unwrap_or(0) * [1, -1][rng.index(2)];
+                    self.sched.after(at, Event::Slots { member, shift, offset });
+                }
+            }
+        }
         for (n, (at, _)) in self.plan.chaos.iter().enumerate() {
             self.sched.at(*at, Event::Chaos(n));
         }
@@ -336,6 +348,10 @@ impl World {
                 let resting = member.threads.borrow().iter().all(|t| t.rests || t.is_done());
                 member.engine.rest(&Place { world: self, member }, self.sched.now(), resting);
             }
+            Event::Slots { shift, offset, .. } => {
+                let slots = Slots { shift, offset, members: self.set };
+                member.engine.set_slots(&Place { world: self, member }, self.sched.now(), slots);
+            }
             Event::Soften { .. } => member.engine.soften(&Place { world: self, member }, self.sched.now()),
             Event::Timer { .. } if member.is_keeping.get() => self.sched.after(self.plan.step, event),
             Event::Timer { page, .. } => {
@@ -464,6 +480,7 @@ impl World {
         self.count(|t| t.handled += 1);
         let kind = match input {
             Input::Ahead { .. } => Some("ahead"),
+            Input::Hint { .. } => Some("hint"),
             Input::Yield => Some("yield"),
             Input::Evict { .. } => Some("evict"),
             Input::Slots(_) => Some("slots"),
@@ -476,6 +493,8 @@ impl World {
         }
         self.count(|t| match input {
             Input::Ahead { .. } => t.aheads += 1,
+            Input::Hint { .. } => t.hints += 1,
+            Input::Message { msg: Msg::Decline { .. }, .. } => t.declined += 1,
             Input::Yield => t.yields += 1,
             Input::Evict { .. } => t.evictions += 1,
             Input::Soften | Input::Rest { resting: true } => t.rests += 1,

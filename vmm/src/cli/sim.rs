@@ -101,6 +101,8 @@ fn print(report: &SimReport) {
         ("EAGAIN", t.again),
         ("full sockets", t.full),
         ("pages asked for along", t.aheads),
+        ("pages asked for because they follow", t.hints),
+        ("of these declined", t.declined),
         ("yields", t.yields),
         ("rests", t.rests),
         ("evictions", t.evictions),
