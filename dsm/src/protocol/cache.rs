@@ -58,6 +58,8 @@ struct Pending<D> {
     ahead: bool,
     /// The home may decline.
     hint: bool,
+    /// It could not be answered at once.
+    waited: bool,
     /// Who acknowledged so far.
     acked: MemberSet,
     grant: Option<(Terms, Contents<D>)>,
@@ -114,6 +116,8 @@ pub struct Cache<D> {
     stamps: Vec<u32>,
     pending: BTreeMap<Page, Pending<D>>,
     deferred: BTreeMap<Page, Deferred>,
+    /// Pages that this event made the member ask itself for.
+    fresh: Vec<Page>,
     hold: Hold,
     slots: Slots,
     /// The last slot of which this member has had its part: nobody here used the memory for a while, or waited for
@@ -140,6 +144,7 @@ impl<D> Cache<D> {
             stamps: vec![0; slots],
             pending: BTreeMap::new(),
             deferred: BTreeMap::new(),
+            fresh: Vec::new(),
             hold,
             slots: Slots::default(),
             served: None,
@@ -214,6 +219,15 @@ impl<D> Cache<D> {
     /// Whether nothing is under way here.
     pub(super) fn is_quiet(&self) -> bool {
         self.pending.is_empty() && self.deferred.is_empty()
+    }
+
+    /// An event has been handled in full: what is not answered now has to wait.
+    pub(super) fn settle(&mut self) {
+        while let Some(page) = self.fresh.pop() {
+            if let Some(pending) = self.pending.get_mut(&page) {
+                pending.waited = true;
+            }
+        }
     }
 
     /// Whether a request for the page is on its way.
@@ -490,6 +504,9 @@ impl<D> Cache<D> {
             _ => Want::Read,
         };
         let remote = home != self.me;
+        if !remote {
+            self.fresh.push(page);
+        }
         self.pending.insert(
             page,
             Pending {
@@ -501,6 +518,7 @@ impl<D> Cache<D> {
                 remote,
                 ahead,
                 hint,
+                waited: false,
                 acked: MemberSet::EMPTY,
                 grant: None,
             },
@@ -596,7 +614,7 @@ impl<D> Cache<D> {
         };
         self.set(page, state);
         // Who waited in line needs its time as well, even if nobody else had to answer in the end.
-        if pending.remote || now != pending.since {
+        if pending.remote || pending.waited {
             self.stamp(now, page);
         }
         if pending.remote {

@@ -313,6 +313,7 @@ impl<D> Core<D> {
         while let Some((page, msg)) = self.fx.to_self.pop_front() {
             self.message(now, self.me, page, msg)?;
         }
+        self.cache.settle();
         Ok(())
     }
 
