@@ -217,7 +217,7 @@ impl Engine {
             drop(gang);
             self.ask_ahead(env, missed, now, &mut after);
         }
-        if woken.is_some() && self.budget.excess() > 0 {
+        if after.has_come && self.budget.excess() > 0 {
             self.evict(env, now, &mut after);
         }
         if let Some((peer, cause)) = after.failure {

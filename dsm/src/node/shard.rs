@@ -82,6 +82,8 @@ pub(crate) struct After {
     /// faults again would wait for it. Neighbours that came along need no wake: who waits for one has a fault of its own
     /// to be read, and finds the page there.
     pub(crate) wake: Option<Page>,
+    /// Whether pages have come.
+    pub(crate) has_come: bool,
     /// Contended pages that this member has just given away.
     pub(crate) lost: Vec<Page>,
     /// Whom to blame, and for what, if the memory has failed.
@@ -93,6 +95,7 @@ impl After {
     pub(crate) fn add(&mut self, other: After) {
         self.talk = MemberSet(self.talk.0 | other.talk.0);
         self.lost.extend(other.lost);
+        self.has_come |= other.has_come;
         if self.failure.is_none() {
             self.failure = other.failure;
         }
@@ -209,7 +212,11 @@ impl Shard {
                     Contents::Keep => kernel.unprotect(page)?,
                 }
                 stats.served(page, &served, env.now());
-                if !is_on(SeededFault::ForgottenWake) || replaced == kernel.replaced() {
+                after.has_come = true;
+                // Nobody is known to wait for a page that comes ahead; who does nevertheless has a fault still to be read,
+                // and finds the page there.
+                let is_awaited = !served.ahead;
+                if is_awaited && (!is_on(SeededFault::ForgottenWake) || replaced == kernel.replaced()) {
                     after.wake = Some(page);
                 }
             }
@@ -218,12 +225,14 @@ impl Shard {
                 self.budget.add(i64::from(count));
                 stats.first_touch(page, count, &served, env.now());
                 after.wake = Some(page);
+                after.has_come = true;
             }
             Command::Load { page, protect, wake } => {
                 let mut bytes = self.buffer(&[]);
                 env.image(page, &mut bytes)?;
                 kernel.fill(page, &bytes, protect)?;
                 self.budget.add(1);
+                after.has_come = true;
                 if self.spare.len() < SPARE {
                     self.spare.push(bytes);
                 }

@@ -10,7 +10,7 @@ use crate::layout::Page;
 const RUNS: usize = 16;
 /// First and longest window, in pages.
 const FIRST: u32 = 4;
-const LONGEST: u32 = 32;
+const LONGEST: u32 = 256;
 /// From so many faults in a row on, a run is steady: it takes pages from those who have them, too.
 const STEADY: u32 = 6;
 
@@ -64,9 +64,9 @@ mod tests {
             windows.push((window.pages, window.is_steady));
             at += window.pages + 1;
         }
-        let expect = [(0, false), (4, false), (8, false), (16, false), (32, false), (32, true)];
+        let expect = [(0, false), (4, false), (8, false), (16, false), (32, false), (64, true)];
         assert_eq!(windows, expect);
-        assert_eq!(streams.fault(Page(at - 20)).pages, 32, "not all of the window was to be had");
+        assert_eq!(streams.fault(Page(at - 20)).pages, 128, "not all of the window was to be had");
         assert_eq!(streams.fault(Page(7)).pages, 0);
     }
 

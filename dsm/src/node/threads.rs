@@ -10,6 +10,9 @@ use crate::transport::reader::{FrameReader, ReadError};
 use rustix::event::{PollFd, PollFlags};
 use std::io::Read;
 
+/// Messages whose answers are written together at most.
+const BURST: u32 = 16;
+
 /// What one thread does.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Task {
@@ -90,10 +93,12 @@ fn frames(shell: &Shell, link: &Link) -> Result<(), Cause> {
     let mut reader = FrameReader::new(link.stream());
     let rules = Rules { peer, epoch: shell.config().epoch, layout: shell.layout(), members: shell.members() };
     let mut talk = MemberSet::EMPTY;
+    let mut answered = 0;
     while shell.is_running() {
         // Requests come in bursts (pages that are used together), and so do the answers: one write for all that are at
-        // hand costs less than one for each.
-        if !talk.is_empty() && !reader.has_next() {
+        // hand costs less than one for each. But not for too many: the peer has work to do with the first of them.
+        if !talk.is_empty() && (!reader.has_next() || answered >= BURST) {
+            answered = 0;
             shell.talk(std::mem::take(&mut talk));
         }
         let (header, bytes) = match reader.next(|n| link.note_read(shell.now(), n)) {
@@ -104,7 +109,10 @@ fn frames(shell: &Shell, link: &Link) -> Result<(), Cause> {
         };
         link.note_message();
         match header.decode(&rules, || ()).map_err(|e| Cause::Violation(e.to_string()))? {
-            Frame::Page(page, msg) => talk = MemberSet(talk.0 | shell.message(peer, page, msg, bytes).0),
+            Frame::Page(page, msg) => {
+                answered += 1;
+                talk = MemberSet(talk.0 | shell.message(peer, page, msg, bytes).0);
+            }
             Frame::Ping => {}
             Frame::Beat { clock, shift } => shell.beat(peer, clock, shift),
             Frame::Bye => {

@@ -187,7 +187,7 @@ impl Cluster {
 
     /// A member would like to have a page that no thread waits for.
     pub(super) fn hint(&mut self, member: u16, page: Page, write: bool) {
-        self.handle(member, NOW, Event::Hint { page, write });
+        self.handle(member, NOW, Event::Hint { page, write, insist: false });
     }
 
     /// A member would like to be rid of a page.
