@@ -104,9 +104,7 @@ impl VcpuState {
         // with arch_prctl, which this program never does.
         unsafe { fd.set_xsave(&xsave) }.map_err(failed("FPU"))?;
         fd.set_debug_regs(&self.debugregs).map_err(failed("debug registers"))?;
-        for &(msr, value) in &self.msrs {
-            write_msr(fd, msr, value)?;
-        }
+        write_msrs(fd, &self.msrs)?;
         fd.set_vcpu_events(&self.events).map_err(failed("events"))
     }
 }
@@ -126,16 +124,21 @@ fn read_msrs(fd: &VcpuFd, mut numbers: &[u32]) -> Result<Vec<(u32, u64)>, StateE
     Ok(values)
 }
 
-fn write_msr(fd: &VcpuFd, msr: u32, value: u64) -> Result<(), StateError> {
-    let refused = StateError::Msr { msr, value };
-    let entry = kvm_msr_entry { index: msr, data: value, ..Default::default() };
-    let Ok(msrs) = Msrs::from_entries(&[entry]) else { return Err(refused) };
-    match fd.set_msrs(&msrs) {
-        Ok(1) => Ok(()),
-        // A feature that the source's CPUID hid and that is off there: nothing is lost.
-        _ if value == 0 => Ok(()),
-        _ => Err(refused),
+/// Writes in bulk; KVM stops at the first register that it refuses. One that holds 0 is passed over: it belongs to a
+/// feature that the source's CPUID hid and that is off there, so nothing is lost.
+fn write_msrs(fd: &VcpuFd, mut values: &[(u32, u64)]) -> Result<(), StateError> {
+    while !values.is_empty() {
+        let entries: Vec<_> =
+            values.iter().map(|&(index, data)| kvm_msr_entry { index, data, ..Default::default() }).collect();
+        let too_many = |_| failed("MSRs")(kvm_ioctls::Error::new(libc::E2BIG));
+        let msrs = Msrs::from_entries(&entries).map_err(too_many)?;
+        let count = fd.set_msrs(&msrs).map_err(failed("MSRs"))?;
+        match values.get(count) {
+            Some(&(msr, value)) if value != 0 => return Err(StateError::Msr { msr, value }),
+            _ => values = values.get(count + 1..).unwrap_or(&[]),
+        }
     }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -258,7 +258,7 @@ fn ipis_timers_and_startup_in_real_mode() {
         vm.map(0, 0, 1 << 20, ram.as_mut_ptr()).unwrap();
     }
 
-    let vcpus: Vec<_> = (0..2).map(|id| Arc::new(VcpuHandle::new(id))).collect();
+    let vcpus: Vec<_> = (0..2).map(|id| Arc::new(VcpuHandle::new(id, true))).collect();
     // Offset 0: the software variant's guests read the host's TSC.
     let khz = vmm::member::facts::host_tsc_khz().unwrap_or(2_000_000);
     let clock = Arc::new(GuestClock::new(TscScale::IDENTITY, khz, 0));

@@ -1,6 +1,7 @@
 //! `spanvm bench`: the command line of the benchmark libraries.
 
 use super::output;
+use crate::bench::migrate::{self, MigrateOptions};
 use crate::control::end::End;
 use crate::control::host::chain;
 use clap::{Args, Subcommand};
@@ -37,6 +38,8 @@ pub enum Bench {
     Stream(StreamArgs),
     /// Processes that write to one page, against hold times. Needs no KVM.
     Contend(ContendArgs),
+    /// How long the guest is without a vCPU that moves. Needs KVM.
+    Migrate(MigrateArgs),
     /// A member process of a benchmark.
     #[command(hide = true)]
     Peer(PeerArgs),
@@ -129,6 +132,17 @@ pub struct ContendArgs {
     pub plot: Option<PathBuf>,
 }
 
+/// Flags of `bench migrate`.
+#[derive(Args, Debug)]
+pub struct MigrateArgs {
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// Moves.
+    #[arg(long, value_name = "N", default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub moves: u32,
+}
+
 /// Flags of `bench peer`.
 #[derive(Args, Debug)]
 pub struct PeerArgs {
@@ -170,6 +184,11 @@ pub fn run(args: &BenchArgs) -> Result<u8, End> {
                 let written = report.plot().and_then(|png| std::fs::write(path, png));
                 written.map_err(|e| End::Failed(format!("can't write {}: {e}", path.display())))?;
             }
+            print(&report, args.json)?;
+        }
+        Bench::Migrate(args) => {
+            let report = migrate::run(MigrateOptions { moves: args.moves }, progress("migrate"))
+                .map_err(|e| End::Failed(chain(&e)))?;
             print(&report, args.json)?;
         }
         Bench::Peer(args) => dsm::bench::peer_main(args.addr).map_err(failed)?,

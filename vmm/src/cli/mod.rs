@@ -39,6 +39,8 @@ pub enum Command {
     Pause(ops::PauseArgs),
     /// Let a paused VM go on.
     Resume(ops::PauseArgs),
+    /// Move vCPUs between members.
+    Vcpu(ops::VcpuArgs),
     /// End a VM on all of its hosts.
     Stop(vms::StopArgs),
     /// Serve this host to launchers on other hosts.
@@ -74,6 +76,7 @@ pub fn run(cli: Cli) -> u8 {
             Command::Info(args) => report(vms::info(args).await),
             Command::Console(args) => report(vms::console(args).await),
             Command::Stop(args) => report(vms::stop(args).await),
+            Command::Vcpu(args) => report(ops::vcpu(args).await),
             Command::Pause(args) => report(ops::pause(args).await),
             Command::Resume(args) => report(ops::resume(args).await),
             Command::Node(args) => report(node::run(args).await),

@@ -1,12 +1,13 @@
-//! `spanvm pause` and `resume`: operations on a running VM.
+//! `spanvm pause`, `resume` and `vcpu`: operations on a running VM.
 
 use super::output;
 use super::vms::PlaceArgs;
-use crate::control::api::{MAX_LIMIT, PauseBody};
+use crate::control::api::{MAX_LIMIT, MoveBody, PauseBody};
 use crate::control::client::VmClient;
 use crate::control::end::End;
+use crate::control::ops::moves::MoveReport;
 use crate::control::ops::pause::PauseReport;
-use clap::Args;
+use clap::{Args, Subcommand};
 
 /// Flags of `pause` and `resume`.
 #[derive(Args, Debug)]
@@ -62,6 +63,76 @@ pub async fn resume(args: PauseArgs) -> Result<u8, End> {
         output::json(&serde_json::json!({ "vm": args.vm, "resumed": true }))?;
     } else {
         output::line(&format!("{} runs on", args.vm));
+    }
+    Ok(0)
+}
+
+/// What can be done to vCPUs.
+#[derive(Debug, Subcommand)]
+pub enum VcpuCommand {
+    /// Move vCPUs to another member while the guest runs.
+    Migrate(MigrateArgs),
+}
+
+/// Flags of `vcpu`.
+#[derive(Args, Debug)]
+pub struct VcpuArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: VcpuCommand,
+}
+
+/// Flags of `vcpu migrate`.
+#[derive(Args, Debug)]
+pub struct MigrateArgs {
+    /// Name of the VM.
+    pub vm: String,
+    /// The vCPUs, by number.
+    #[arg(required = true, value_name = "ID")]
+    pub vcpus: Vec<u32>,
+    /// Number of the member to which they go.
+    #[arg(long, value_name = "MEMBER")]
+    pub to: u16,
+    /// Move one after the other, and show each.
+    #[arg(long)]
+    pub watch: bool,
+    /// Longest time that a move may take; a vCPU that has not left by then stays.
+    #[arg(long, value_name = "SECONDS", default_value_t = 5.0, value_parser = seconds)]
+    pub limit: f64,
+    /// Where it is.
+    #[command(flatten)]
+    pub place: PlaceArgs,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Runs a command on vCPUs.
+///
+/// # Errors
+/// No such VM, vCPU or member; or a move failed: the text says where each vCPU is.
+pub async fn vcpu(args: VcpuArgs) -> Result<u8, End> {
+    let VcpuCommand::Migrate(args) = args.command;
+    let client = VmClient::new(args.place.place()?, &args.vm);
+    let groups: Vec<Vec<u32>> =
+        if args.watch { args.vcpus.iter().map(|id| vec![*id]).collect() } else { vec![args.vcpus.clone()] };
+    let mut all = MoveReport::default();
+    for vcpus in groups {
+        let body = MoveBody { vcpus, to: args.to, limit_s: Some(args.limit) };
+        let report: MoveReport = client.call("/vm/vcpus/migrate", &body).await?;
+        if !args.json {
+            for m in &report.moves {
+                output::line(&format!(
+                    "vCPU {}: member {} -> member {}, without it for {:.0} us, {} bytes",
+                    m.vcpu, m.from, m.to, m.downtime_us, m.state_bytes
+                ));
+            }
+        }
+        all.moves.extend(report.moves);
+        (all.epoch, all.total_ms) = (report.epoch, all.total_ms + report.total_ms);
+    }
+    if args.json {
+        output::json(&all)?;
     }
     Ok(0)
 }

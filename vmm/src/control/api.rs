@@ -8,13 +8,14 @@
 //! | `POST /vm/console/input` | types the body at the serial console |
 //! | `POST /vm/pause` | stops the guest's vCPUs, devices and clock; body `{"by": "who", "limit_s": 5}` |
 //! | `POST /vm/resume` | lets it go on; same body |
+//! | `POST /vm/vcpus/migrate` | moves vCPUs; body `{"vcpus": [1, 2], "to": 1, "limit_s": 5}`; answer [`super::ops::moves::MoveReport`] |
 //! | `POST /vm/stop` | ends the VM; body `{"by": "who", "force": false}` |
 //!
 //! Errors are `{"error": "..."}` with a fitting status. Who can open the socket can do all of it: the folder is
 //! readable by its owner only.
 
 use super::end::End;
-use super::ops::{OpError, Turn, pause};
+use super::ops::{OpError, Turn, moves, pause};
 use super::shared::Shared;
 use axum::body::{Body, Bytes};
 use axum::extract::{DefaultBodyLimit, Query, State};
@@ -63,6 +64,7 @@ fn router(shared: Arc<Shared>) -> Router {
         .route("/vm/console/input", post(input))
         .route("/vm/pause", post(pause_vm))
         .route("/vm/resume", post(resume_vm))
+        .route("/vm/vcpus/migrate", post(migrate))
         .route("/vm/stop", post(stop))
         .fallback(|| async { Refusal(StatusCode::NOT_FOUND, "no such resource".into()) })
         .layer(DefaultBodyLimit::max(MAX_INPUT))
@@ -115,14 +117,25 @@ pub struct PauseBody {
 /// Longest limit of an operation that the caller can set, seconds.
 pub const MAX_LIMIT: f64 = 10.0;
 
-impl PauseBody {
-    fn limit(&self) -> Result<Duration, Refusal> {
-        let Some(seconds) = self.limit_s else { return Ok(pause::LIMIT) };
-        if seconds > 0.0 && seconds <= MAX_LIMIT {
-            return Ok(Duration::from_secs_f64(seconds));
-        }
-        Err(Refusal(StatusCode::BAD_REQUEST, format!("limit_s is {seconds}: above 0, at most {MAX_LIMIT}")))
+/// Body of `POST /vm/vcpus/migrate`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MoveBody {
+    /// The vCPUs.
+    pub vcpus: Vec<u32>,
+    /// The member to which they go.
+    pub to: u16,
+    /// As in [`PauseBody`].
+    #[serde(default)]
+    pub limit_s: Option<f64>,
+}
+
+fn limit(limit_s: Option<f64>) -> Result<Duration, Refusal> {
+    let Some(seconds) = limit_s else { return Ok(pause::LIMIT) };
+    if seconds > 0.0 && seconds <= MAX_LIMIT {
+        return Ok(Duration::from_secs_f64(seconds));
     }
+    Err(Refusal(StatusCode::BAD_REQUEST, format!("limit_s is {seconds}: above 0, at most {MAX_LIMIT}")))
 }
 
 /// The body of a request; an empty one is the default.
@@ -156,16 +169,24 @@ async fn operate<T: Serialize + Send + 'static>(
 
 async fn pause_vm(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Response, Refusal> {
     let body: PauseBody = parse(&body)?;
-    let limit = body.limit()?;
+    let limit = limit(body.limit_s)?;
     let turn = Turn::take(&shared, "a pause")?;
     let by = if body.by.is_empty() { "the API".into() } else { body.by };
     operate(async move { pause::pause(&turn, &by, limit).await }).await
 }
 
 async fn resume_vm(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Response, Refusal> {
-    let limit = parse::<PauseBody>(&body)?.limit()?;
+    let limit = limit(parse::<PauseBody>(&body)?.limit_s)?;
     let turn = Turn::take(&shared, "a resume")?;
     operate(async move { pause::resume(&turn, limit).await }).await
+}
+
+async fn migrate(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Response, Refusal> {
+    let body: MoveBody =
+        serde_json::from_slice(&body).map_err(|e| Refusal(StatusCode::BAD_REQUEST, e.to_string()))?;
+    let limit = limit(body.limit_s)?;
+    let turn = Turn::take(&shared, "a move of vCPUs")?;
+    operate(async move { moves::migrate(&turn, &body.vcpus, body.to, limit).await }).await
 }
 
 async fn stop(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Response, Refusal> {

@@ -38,6 +38,8 @@ impl std::fmt::Debug for OpaqueSlot {
 struct Picture {
     info: VmInfo,
     running_since: Option<Instant>,
+    /// Epoch of the topology at the start.
+    first_epoch: u64,
     counted: Vec<Option<Instant>>,
 }
 
@@ -84,7 +86,7 @@ impl Shared {
             members,
         };
         let counted = vec![None; info.members.len()];
-        let picture = Mutex::new(Picture { info, running_since: None, counted });
+        let picture = Mutex::new(Picture { info, running_since: None, first_epoch: 0, counted });
         Shared { picture, stops, counts, slot: OpaqueSlot(slot), ops: Ops::default() }
     }
 
@@ -102,6 +104,7 @@ impl Shared {
     /// There is a (new) topology.
     pub fn placed(&self, topology: &Topology) {
         let mut picture = self.lock();
+        picture.first_epoch = topology.epoch.0;
         let info = &mut picture.info;
         info.epoch = topology.epoch.0;
         info.vcpus = topology.vcpus.iter().map(|m| m.0).collect();
@@ -116,6 +119,23 @@ impl Shared {
     pub fn has_vcpu(&self, member: dsm::addr::MemberId, vcpu: u32) -> bool {
         let index = usize::try_from(vcpu).unwrap_or(usize::MAX);
         self.lock().info.vcpus.get(index) == Some(&member.0)
+    }
+
+    /// vCPUs live elsewhere since `epoch` (of the placement; the topology's is added).
+    pub fn moved(&self, places: &[(u32, dsm::addr::MemberId, u64)], epoch: u64) {
+        let mut picture = self.lock();
+        let base = picture.first_epoch;
+        let info = &mut picture.info;
+        for (vcpu, member, _) in places {
+            if let Some(place) = usize::try_from(*vcpu).ok().and_then(|i| info.vcpus.get_mut(i)) {
+                *place = member.0;
+            }
+        }
+        info.epoch = base + epoch;
+        for member in &mut info.members {
+            member.vcpus =
+                (0u32..).zip(&info.vcpus).filter(|(_, m)| **m == member.id).map(|(id, _)| id).collect();
+        }
     }
 
     /// The guest runs.

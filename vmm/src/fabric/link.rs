@@ -2,7 +2,6 @@
 //! the link's writer thread empties, so a vCPU thread is never held up by a slow peer, and receive threads
 //! can answer without a chance of waiting for each other in a circle.
 
-use super::wire::Frame;
 use dsm::addr::MemberId;
 use std::collections::VecDeque;
 use std::io;
@@ -11,7 +10,6 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use zerocopy::IntoBytes;
 
 /// A peer for which this many bytes wait does not listen any more.
 const QUEUE_LIMIT: usize = 4 << 20;
@@ -59,12 +57,11 @@ impl Link {
     ///
     /// # Errors
     /// The link is broken; why.
-    pub fn send(&self, frame: &Frame) -> Result<(), String> {
+    pub fn send(&self, bytes: &[u8]) -> Result<(), String> {
         let mut out = self.lock();
         if out.closed {
             return Ok(());
         }
-        let bytes = frame.as_bytes();
         let sent = if out.queue.is_empty() { self.try_send(bytes)? } else { 0 };
         if let Some(rest) = bytes.get(sent..).filter(|rest| !rest.is_empty()) {
             if out.queue.len() > QUEUE_LIMIT {

@@ -23,8 +23,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-use wire::{FRAME_LEN, Frame, Message, StopReason};
-use zerocopy::FromBytes;
+use wire::{FRAME_LEN, Frame, Message, StopReason, VcpuGroup};
+use zerocopy::{FromBytes, IntoBytes};
 
 /// Between clock samples once the clock is known, and between looks at the peers' signs of life.
 const TICK: Duration = Duration::from_millis(100);
@@ -33,8 +33,12 @@ const FAST_TICK: Duration = Duration::from_millis(2);
 
 /// What the fabric's threads do with what comes. None of it may wait for a peer.
 pub trait Handler: Send + Sync {
-    /// For this member's vCPUs.
-    fn interrupt(&self, message: InterruptMessage, hops: u16);
+    /// For these vCPUs, which the sender takes to be here.
+    fn interrupt(&self, message: InterruptMessage, group: VcpuGroup, hops: u16);
+    /// A vCPU comes from a peer.
+    fn image(&self, peer: MemberId, image: &[u8]);
+    /// A vCPU that left for a peer is set up there.
+    fn moved(&self, peer: MemberId, token: u64, vcpu: u32);
     /// Of a device here; all ones where none is.
     fn read(&self, space: Space, addr: u64, data: &mut [u8]);
     /// To a device here.
@@ -163,6 +167,18 @@ impl Fabric {
         Ok(threads)
     }
 
+    /// A peer sent what no member of ours sends: its link is cut, and it is reported lost.
+    pub fn cut_off(&self, peer: MemberId, what: &str) {
+        if let Some(link) = self.links.iter().find(|l| l.peer == peer) {
+            self.check(link, Err(format!("it sent nonsense: {what}")));
+        }
+    }
+
+    /// This member.
+    pub fn me(&self) -> MemberId {
+        self.me
+    }
+
     /// The other members.
     pub fn peers(&self) -> impl Iterator<Item = MemberId> + '_ {
         self.links.iter().map(|l| l.peer)
@@ -175,9 +191,24 @@ impl Fabric {
         if message.is_for_the_guest() {
             self.traffic.sent.fetch_add(1, Ordering::SeqCst);
         }
-        if let Err(reason) = link.send(&message.encode(self.me, self.epoch)) {
+        self.check(link, link.send(message.encode(self.me, self.epoch).as_bytes()));
+    }
+
+    /// Sends a vCPU to one member, as [`Fabric::send`] sends messages, and in order with them.
+    pub fn send_image(&self, to: MemberId, image: &[u8]) {
+        let Some(link) = self.links.iter().find(|l| l.peer == to) else { return };
+        let Ok(len) = u32::try_from(image.len()) else { return };
+        self.sent.fetch_add(1, Ordering::Relaxed);
+        self.traffic.sent.fetch_add(1, Ordering::SeqCst);
+        let mut bytes = Message::Image { len }.encode(self.me, self.epoch).as_bytes().to_vec();
+        bytes.extend(image);
+        self.check(link, link.send(&bytes));
+    }
+
+    fn check(&self, link: &Link, sent: Result<(), String>) {
+        if let Err(reason) = sent {
             link.close();
-            self.broken.lock().unwrap_or_else(PoisonError::into_inner).push((to, reason));
+            self.broken.lock().unwrap_or_else(PoisonError::into_inner).push((link.peer, reason));
             self.wake.notify_all();
         }
     }
@@ -298,6 +329,7 @@ impl Fabric {
     fn receive_all<H: Handler>(&self, link: &Link, handler: &H) -> Result<(), String> {
         let mut buffer = vec![0u8; FRAME_LEN * 256];
         let mut have = 0;
+        let mut wanted = 0;
         loop {
             let free = buffer.get_mut(have..).unwrap_or(&mut []);
             match link.reader().read(free) {
@@ -307,25 +339,44 @@ impl Fabric {
                 Err(e) => return Err(format!("connection lost: {e}")),
             }
             link.heard(self.now_ms());
-            let whole = have - have % FRAME_LEN;
-            for bytes in buffer.get(..whole).unwrap_or(&[]).chunks_exact(FRAME_LEN) {
-                let frame = Frame::read_from_bytes(bytes).map_err(|_| "frame of wrong length".to_owned())?;
+            let mut used = 0;
+            while let Some((frame, rest)) =
+                buffer.get(used..have).and_then(|bytes| Frame::read_from_prefix(bytes).ok())
+            {
                 let message = Message::decode(&frame, link.peer, self.epoch).map_err(|e| e.to_string())?;
-                self.received.fetch_add(1, Ordering::Relaxed);
                 let counts = message.is_for_the_guest();
+                let mut taken = FRAME_LEN;
+                if let Message::Image { len } = message {
+                    let len = usize::try_from(len).unwrap_or(usize::MAX);
+                    let Some(image) = rest.get(..len) else {
+                        // The rest is still to come.
+                        wanted = FRAME_LEN + len;
+                        break;
+                    };
+                    handler.image(link.peer, image);
+                    taken += len;
+                }
+                self.received.fetch_add(1, Ordering::Relaxed);
+                used += taken;
                 self.carry_out(link, message, handler);
                 if counts {
                     self.traffic.done.fetch_add(1, Ordering::SeqCst);
                 }
             }
-            buffer.copy_within(whole..have, 0);
-            have -= whole;
+            buffer.copy_within(used..have, 0);
+            have -= used;
+            if buffer.len() < wanted {
+                buffer.resize(wanted, 0);
+            }
         }
     }
 
     fn carry_out<H: Handler>(&self, link: &Link, message: Message, handler: &H) {
         match message {
-            Message::Interrupt { message, hops } => handler.interrupt(message, hops),
+            Message::Interrupt { message, group, hops } => handler.interrupt(message, group, hops),
+            // Its bytes are taken off the stream, and the message carried out, by `receive_all`.
+            Message::Image { .. } => {}
+            Message::Moved { token, vcpu } => handler.moved(link.peer, token, vcpu),
             Message::Read { token, space, addr, size } => {
                 let mut data = [0; 8];
                 if let Some(data) = data.get_mut(..usize::from(size)) {

@@ -12,6 +12,8 @@ enum Seen {
     Write(u64, Vec<u8>),
     Level(u32, bool),
     Eoi(u8),
+    Image(Vec<u8>),
+    Moved(u64, u32),
     Stopped(MemberId, StopReason),
     Lost(MemberId, String),
 }
@@ -38,7 +40,13 @@ impl Recorder {
 }
 
 impl Handler for Recorder {
-    fn interrupt(&self, message: InterruptMessage, _: u16) {
+    fn image(&self, _: MemberId, image: &[u8]) {
+        self.push(Seen::Image(image.to_vec()));
+    }
+    fn moved(&self, _: MemberId, token: u64, vcpu: u32) {
+        self.push(Seen::Moved(token, vcpu));
+    }
+    fn interrupt(&self, message: InterruptMessage, _: VcpuGroup, _: u16) {
         self.push(Seen::Interrupt(message.vector));
     }
     fn read(&self, _: Space, addr: u64, data: &mut [u8]) {
@@ -117,7 +125,7 @@ fn interrupt(vector: u8) -> Message {
         asserted: true,
         source: Some(0),
     };
-    Message::Interrupt { message, hops: 0 }
+    Message::Interrupt { message, group: VcpuGroup::of(1), hops: 0 }
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! The fabric's messages as bytes: one frame of fixed size and layout, little-endian.
+//! The fabric's messages as bytes: one frame of fixed size and layout, little-endian; behind one kind of frame (`Image`)
+//! come as many bytes as it says.
 //!
 //! ```text
 //!  vCPU 0 (member 0)         member 1                     a read of a device elsewhere
@@ -6,7 +7,9 @@
 //!     |                       |                             |<---------- Done  |
 //!     | Write, posted ------->|  device                   a clock sample
 //!     | SetLevel, Eoi ------->|  IOAPIC (member 0)          | Ping  ---------->|
-//!     | Heartbeat <---------->|                             |<---------- Pong  |
+//!     | Image + bytes ------->|  vCPU moves here            |<---------- Pong  |
+//!     |<-------------- Moved  |                             |
+//!     | Heartbeat <---------->|                             |
 //!     | Stop  --------------->|  the VM is over
 //! ```
 //!
@@ -15,6 +18,7 @@
 
 use crate::devices::Space;
 use crate::interrupts::{DeliveryMode, Destination, InterruptMessage};
+use crate::kvm::image::MAX_IMAGE;
 use dsm::addr::{Epoch, MemberId};
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -33,7 +37,7 @@ pub struct Frame {
     small: u8,
     sender: U16,
     hops: U16,
-    reserved: U16,
+    group: U16,
     epoch: U64,
     token: U64,
     addr: U64,
@@ -73,6 +77,35 @@ pub enum StopReason {
     Failed(Option<MemberId>),
 }
 
+/// Up to 64 vCPUs: `64 * base` and up, one bit each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VcpuGroup {
+    base: u16,
+    mask: u64,
+}
+
+impl VcpuGroup {
+    /// A group of one. APIC ids end at 32 bits, vCPUs long before 2^22.
+    pub fn of(id: u32) -> VcpuGroup {
+        VcpuGroup { base: u16::try_from(id / 64).unwrap_or(u16::MAX), mask: 1 << (id % 64) }
+    }
+
+    /// Can this vCPU be in the same message?
+    pub fn fits(&self, id: u32) -> bool {
+        u32::from(self.base) == id / 64
+    }
+
+    /// One more, which fits.
+    pub fn add(&mut self, id: u32) {
+        self.mask |= 1 << (id % 64);
+    }
+
+    /// The vCPUs, ascending.
+    pub fn ids(self) -> impl Iterator<Item = u32> {
+        (0..64).filter(move |bit| self.mask >> bit & 1 != 0).map(move |bit| u32::from(self.base) * 64 + bit)
+    }
+}
+
 /// Everything that crosses members besides pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Message {
@@ -80,6 +113,8 @@ pub enum Message {
     Interrupt {
         /// The interrupt.
         message: InterruptMessage,
+        /// The vCPUs that it is for and that the sender takes to be at the receiver.
+        group: VcpuGroup,
         /// Times handed on.
         hops: u16,
     },
@@ -140,6 +175,18 @@ pub enum Message {
         /// Guest TSC when this left.
         answered: u64,
     },
+    /// A vCPU; so many bytes of its image follow this frame, at most [`MAX_IMAGE`].
+    Image {
+        /// Bytes.
+        len: u32,
+    },
+    /// The vCPU of that move is set up here.
+    Moved {
+        /// Names the move at its origin.
+        token: u64,
+        /// The vCPU.
+        vcpu: u32,
+    },
     /// I live.
     Heartbeat,
     /// The VM is over.
@@ -157,6 +204,8 @@ mod kind {
     pub const PONG: u8 = 8;
     pub const HEARTBEAT: u8 = 9;
     pub const STOP: u8 = 10;
+    pub const IMAGE: u8 = 11;
+    pub const MOVED: u8 = 12;
 }
 
 /// Token of a posted write.
@@ -182,7 +231,7 @@ impl Message {
     pub fn encode(&self, sender: MemberId, epoch: Epoch) -> Frame {
         let mut frame = Frame { sender: sender.0.into(), epoch: epoch.0.into(), ..Frame::default() };
         match *self {
-            Message::Interrupt { message, hops } => {
+            Message::Interrupt { message, group, hops } => {
                 let (destination, id) = match message.destination {
                     Destination::Physical(id) => (0, id),
                     Destination::Logical(mda) => (1, mda),
@@ -192,6 +241,7 @@ impl Message {
                 let mode = MODES.iter().position(|m| *m == message.mode).unwrap_or(0);
                 frame.kind = kind::INTERRUPT;
                 frame.hops = hops.into();
+                (frame.group, frame.token) = (group.base.into(), group.mask.into());
                 frame.small = message.vector;
                 frame.addr = u64::from(id).into();
                 // 0: no source; else its id + 1.
@@ -226,6 +276,10 @@ impl Message {
                 frame.kind = kind::PONG;
                 (frame.token, frame.addr, frame.data) = (sent.into(), received.into(), answered.into());
             }
+            Message::Image { len } => (frame.kind, frame.words[0]) = (kind::IMAGE, len.into()),
+            Message::Moved { token, vcpu } => {
+                (frame.kind, frame.token, frame.words[0]) = (kind::MOVED, token.into(), vcpu.into());
+            }
             Message::Heartbeat => frame.kind = kind::HEARTBEAT,
             Message::Stop(reason) => {
                 let (code, vcpu) = match reason {
@@ -256,7 +310,8 @@ impl Message {
         let word = frame.words[0].get();
         Ok(match frame.kind {
             kind::INTERRUPT => {
-                Message::Interrupt { message: decode_interrupt(frame)?, hops: frame.hops.get() }
+                let group = VcpuGroup { base: frame.group.get(), mask: token };
+                Message::Interrupt { message: decode_interrupt(frame)?, group, hops: frame.hops.get() }
             }
             kind::READ => {
                 let (space, size) = (decode_space(word)?, decode_size(frame.small)?);
@@ -271,6 +326,11 @@ impl Message {
             kind::EOI => Message::Eoi { vector: frame.small },
             kind::PING => Message::Ping { sent: token },
             kind::PONG => Message::Pong { sent: token, received: addr, answered: data },
+            kind::IMAGE => match usize::try_from(word) {
+                Ok(len) if len <= MAX_IMAGE => Message::Image { len: word },
+                _ => return Err(WireError::Field("length of a vCPU image")),
+            },
+            kind::MOVED => Message::Moved { token, vcpu: word },
             kind::HEARTBEAT => Message::Heartbeat,
             kind::STOP => Message::Stop(match frame.small {
                 0 => StopReason::PowerOff,
@@ -381,7 +441,11 @@ mod tests {
 
     fn message() -> impl Strategy<Value = Message> {
         prop_oneof![
-            (interrupt(), any::<u16>()).prop_map(|(message, hops)| Message::Interrupt { message, hops }),
+            (interrupt(), any::<(u16, u64)>(), any::<u16>()).prop_map(|(message, (base, mask), hops)| {
+                Message::Interrupt { message, group: VcpuGroup { base, mask }, hops }
+            }),
+            (0u32..=256 << 10).prop_map(|len| Message::Image { len }),
+            any::<(u64, u32)>().prop_map(|(token, vcpu)| Message::Moved { token, vcpu }),
             (any::<u64>(), space(), any::<u64>(), 1u8..=8)
                 .prop_map(|(token, space, addr, size)| Message::Read { token, space, addr, size }),
             (proptest::option::of(0..u64::MAX), space(), any::<u64>(), 1u8..=8, any::<u64>()).prop_map(
@@ -423,7 +487,7 @@ mod tests {
             let mut frame = Frame::read_from_bytes(&bytes).unwrap();
             frame.sender = ME.0.into();
             frame.epoch = EPOCH.0.into();
-            frame.kind %= 12;
+            frame.kind %= 14;
             let decoded = Message::decode(&frame, ME, EPOCH);
             if let Ok(Message::Read { size, .. } | Message::Write { size, .. }) = decoded {
                 prop_assert!((1..=8).contains(&size));

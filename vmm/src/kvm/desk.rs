@@ -2,9 +2,11 @@
 //! entries of the guest, and answered. An order whose answer can't come any more (the thread has ended) shows as a
 //! closed channel.
 
+use dsm::addr::MemberId;
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// One order.
 #[derive(Debug)]
@@ -13,6 +15,36 @@ pub enum Order {
     Park(Sender<()>),
     /// Go on. Nothing happens to a vCPU that is not parked.
     Resume,
+    /// Leave for another member.
+    Depart(Departure),
+}
+
+/// A vCPU is to leave.
+#[derive(Debug)]
+pub struct Departure {
+    /// Where to.
+    pub to: MemberId,
+    /// Placement epoch of the move; the next one is kept for its return.
+    pub epoch: u64,
+    /// This member.
+    pub origin: MemberId,
+    /// Names the move here.
+    pub token: u64,
+    /// Whose decision it is.
+    pub claim: Arc<Claim>,
+    /// Answered with the bytes sent, or why it stayed.
+    pub answer: Sender<Result<usize, String>>,
+}
+
+/// Decides between a thread that carries an order out and a waiter that gives it up: exactly one of them wins.
+#[derive(Debug, Default)]
+pub struct Claim(AtomicBool);
+
+impl Claim {
+    /// True for the first who asks.
+    pub fn take(&self) -> bool {
+        !self.0.swap(true, Ordering::SeqCst)
+    }
 }
 
 /// The orders of one vCPU thread; `None` while there is no thread to take them.
@@ -27,6 +59,11 @@ impl Desk {
     /// From now on a thread takes orders, or will soon.
     pub fn open(&self) {
         self.lock().get_or_insert_default();
+    }
+
+    /// Is there a thread?
+    pub fn is_open(&self) -> bool {
+        self.lock().is_some()
     }
 
     /// No thread takes orders any more; who waits for an answer is told.

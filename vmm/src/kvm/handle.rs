@@ -5,11 +5,12 @@
 //! message or the ringer sees the announcement.
 
 use super::desk::{Desk, Order};
+use super::image::{Inbox, VcpuImage};
 use super::signal;
 use crate::interrupts::lapic::LocalApic;
-use crate::interrupts::{DeliveryMode, InterruptMessage};
+use crate::interrupts::{DeliveryMode, Destination, InterruptMessage};
 use crate::member::stats::VcpuStats;
-use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -25,8 +26,13 @@ pub(super) mod mail {
     pub const STOP: u32 = 1 << 4;
     /// The TSC offset changed.
     pub const CLOCK: u32 = 1 << 5;
-    /// There are orders on the desk.
+    /// There are orders on the desk, or the vCPU has come.
     pub const ORDER: u32 = 1 << 6;
+
+    /// What goes along when the vCPU moves; all else is about this member's thread.
+    pub fn travelling(mail: u32) -> u32 {
+        mail & (IRQ | NMI | INIT | STARTUP)
+    }
 }
 
 /// Where the vCPU thread is.
@@ -71,12 +77,28 @@ pub fn count(counter: &AtomicU64) {
     counter.fetch_add(1, Ordering::Relaxed);
 }
 
-/// One vCPU of this member, for others.
+/// What became of a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Delivery {
+    /// The vCPU has it.
+    Taken,
+    /// The vCPU is here, and the message is not for it, or its APIC refused it.
+    Ignored,
+    /// The vCPU is not here.
+    Away,
+}
+
+/// One vCPU, for others: every member has a handle of every vCPU of the VM, of which those are `here` that live there.
 #[derive(Debug)]
 pub struct VcpuHandle {
     id: u32,
     /// Held for register accesses and acceptance only, never across I/O.
     apic: Mutex<LocalApic>,
+    /// The vCPU lives here. Changes while `apic` is locked, so that a message is delivered or handed on, never both.
+    here: AtomicBool,
+    /// A vCPU that came, for its thread to set up.
+    arrival: Mutex<Option<Box<VcpuImage>>>,
+    downtime_ns: AtomicU64,
     mailbox: AtomicU32,
     place: AtomicU32,
     startup: AtomicU32,
@@ -87,11 +109,14 @@ pub struct VcpuHandle {
 }
 
 impl VcpuHandle {
-    /// A vCPU after power-up.
-    pub fn new(id: u32) -> VcpuHandle {
+    /// A vCPU after power-up, which lives here or elsewhere.
+    pub fn new(id: u32, here: bool) -> VcpuHandle {
         VcpuHandle {
             id,
             apic: Mutex::new(LocalApic::new(id, id == 0)),
+            here: AtomicBool::new(here),
+            arrival: Mutex::default(),
+            downtime_ns: AtomicU64::new(0),
             mailbox: AtomicU32::new(0),
             place: AtomicU32::new(place::HOST),
             startup: AtomicU32::new(0),
@@ -112,30 +137,101 @@ impl VcpuHandle {
         self.apic.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Does it live here?
+    pub fn is_here(&self) -> bool {
+        self.here.load(Ordering::SeqCst)
+    }
+
+    /// A thread takes its orders.
+    pub fn has_thread(&self) -> bool {
+        self.desk.is_open()
+    }
+
+    /// How long the guest did not have it when it last moved here, nanoseconds.
+    pub fn downtime_ns(&self) -> u64 {
+        self.downtime_ns.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn set_downtime(&self, ns: u64) {
+        self.downtime_ns.store(ns, Ordering::SeqCst);
+    }
+
+    /// Takes it away from here in one step. `send` gets what was delivered until then; if it fails nothing changes.
+    pub(super) fn cut<T, E>(&self, send: impl FnOnce(Inbox) -> Result<T, E>) -> Result<T, E> {
+        let apic = self.apic();
+        let pending = self.mailbox.load(Ordering::SeqCst);
+        let mail = mail::travelling(pending);
+        let startup = self.startup.load(Ordering::SeqCst);
+        let result = send(Inbox { apic: apic.clone(), mail, startup })?;
+        self.here.store(false, Ordering::SeqCst);
+        // All who set these bits hold the lock.
+        self.mailbox.fetch_and(!mail::travelling(u32::MAX), Ordering::SeqCst);
+        Ok(result)
+    }
+
+    /// The vCPU comes to live here, with all that was delivered to it elsewhere; its thread does the rest. `placed` is
+    /// called in the same step. False if there is no thread, or it is here already.
+    pub fn arrive(&self, image: Box<VcpuImage>, placed: impl FnOnce()) -> bool {
+        if !self.has_thread() {
+            return false;
+        }
+        let mut apic = self.apic();
+        if self.is_here() {
+            return false;
+        }
+        *apic = image.inbox.apic.clone();
+        self.startup.store(image.inbox.startup, Ordering::SeqCst);
+        self.mailbox.fetch_or(mail::travelling(image.inbox.mail), Ordering::SeqCst);
+        *self.arrival.lock().unwrap_or_else(PoisonError::into_inner) = Some(image);
+        placed();
+        self.here.store(true, Ordering::SeqCst);
+        drop(apic);
+        self.ring(mail::ORDER);
+        true
+    }
+
+    pub(super) fn take_arrival(&self) -> Option<Box<VcpuImage>> {
+        self.arrival.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
     /// Does a logical destination mean this vCPU?
     pub fn matches_logical(&self, mda: u32) -> bool {
         self.apic().matches_logical(mda)
     }
 
-    /// Hands it a message that is meant for it. Never blocks for long. False when its APIC refused it.
-    pub fn deliver(&self, message: &InterruptMessage) -> bool {
-        match message.mode {
+    /// Hands it a message, if it lives here and is one of those that the message is for. Never blocks for long.
+    pub fn deliver(&self, message: &InterruptMessage) -> Delivery {
+        let mut apic = self.apic();
+        if !self.is_here() {
+            return Delivery::Away;
+        }
+        let meant = match message.destination {
+            Destination::All | Destination::Physical(u32::MAX) => true,
+            Destination::AllButSelf => Some(self.id) != message.source,
+            Destination::Physical(id) => id == self.id,
+            Destination::Logical(mda) => apic.matches_logical(mda),
+        };
+        let bit = match message.mode {
+            _ if !meant => return Delivery::Ignored,
             DeliveryMode::Fixed | DeliveryMode::LowestPriority => {
-                if !self.apic().accept(message.vector, message.level_triggered) {
-                    return false;
+                if !apic.accept(message.vector, message.level_triggered) {
+                    return Delivery::Ignored;
                 }
-                self.ring(mail::IRQ);
+                mail::IRQ
             }
-            DeliveryMode::Nmi => self.ring(mail::NMI),
-            DeliveryMode::Init if message.asserted => self.ring(mail::INIT),
+            DeliveryMode::Nmi => mail::NMI,
+            DeliveryMode::Init if message.asserted => mail::INIT,
             DeliveryMode::Startup => {
                 self.startup.store(u32::from(message.vector), Ordering::SeqCst);
-                self.ring(mail::STARTUP);
+                mail::STARTUP
             }
             // Nobody is there to take these: no SMM, no 8259.
-            DeliveryMode::Init | DeliveryMode::Smi | DeliveryMode::ExtInt => return false,
-        }
-        true
+            DeliveryMode::Init | DeliveryMode::Smi | DeliveryMode::ExtInt => return Delivery::Ignored,
+        };
+        self.post(bit);
+        drop(apic);
+        self.wake();
+        Delivery::Taken
     }
 
     /// Ends its thread at the next chance.
@@ -180,7 +276,15 @@ impl VcpuHandle {
     }
 
     fn ring(&self, bit: u32) {
+        self.post(bit);
+        self.wake();
+    }
+
+    fn post(&self, bit: u32) {
         self.mailbox.fetch_or(bit, Ordering::SeqCst);
+    }
+
+    fn wake(&self) {
         let was = self.place.compare_exchange(place::GUEST, place::HOST, Ordering::SeqCst, Ordering::SeqCst);
         match was {
             Ok(_) => self.kick(),

@@ -81,6 +81,14 @@ impl RunPage {
         self.get_mut().ready_for_interrupt_injection = 0;
     }
 
+    /// The vCPU's state was set from outside: what the kernel last said of it is void.
+    pub fn entered_anew(&mut self, rflags: u64) {
+        let run = self.get_mut();
+        run.ready_for_interrupt_injection = 0;
+        run.if_flag = u8::from(rflags & (1 << 9) != 0);
+        run.request_interrupt_window = 0;
+    }
+
     pub fn request_window(&mut self, wanted: bool) {
         self.get_mut().request_interrupt_window = u8::from(wanted);
     }

@@ -8,6 +8,7 @@ use crate::time::tsc::{GuestClock, VcpuClock, needs_scaling};
 use kvm_bindings::{Msrs, kvm_debugregs, kvm_msr_entry, kvm_regs, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 use std::fmt::Write;
+use std::sync::Arc;
 
 /// A vCPU as its own thread has it.
 #[derive(Debug)]
@@ -18,6 +19,8 @@ pub struct Vcpu {
     id: u32,
     /// Registers after reset.
     reset: (kvm_regs, kvm_sregs),
+    /// Numbers of the MSRs that belong to its state.
+    msrs: Arc<[u32]>,
 }
 
 // SAFETY: `run` points into the mapping that `fd` owns and moves with it; nothing in a Vcpu is tied to a thread.
@@ -43,7 +46,14 @@ impl Vcpu {
         fd.set_sregs(&sregs).map_err(failed("set special registers"))?;
         let regs = fd.get_regs().map_err(failed("get registers"))?;
         let run = RunPage::of(&mut fd);
-        let mut vcpu = Vcpu { fd, run, clock: VcpuClock::new(clock.offset()), id, reset: (regs, sregs) };
+        let mut vcpu = Vcpu {
+            fd,
+            run,
+            clock: VcpuClock::new(clock.offset()),
+            id,
+            reset: (regs, sregs),
+            msrs: vm.msrs(),
+        };
         for (index, value) in msr::AT_RESET {
             // Not every KVM has every one of them; what is missing the guest can't see either.
             if let Err(e) = vcpu.set_msr(index, value) {
@@ -57,6 +67,10 @@ impl Vcpu {
     /// The id.
     pub fn id(&self) -> u32 {
         self.id
+    }
+
+    pub(super) fn msrs(&self) -> &[u32] {
+        &self.msrs
     }
 
     /// Special registers after reset, to be changed into those that an entry point wants.

@@ -6,6 +6,7 @@ use kvm_bindings::{
     KVM_MSR_EXIT_REASON_VALID_MASK, KVM_X86_DISABLE_EXITS_MWAIT, kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
+use std::sync::Arc;
 
 /// Where Intel's KVM keeps its own task state segment (3 pages) and page table (1 page), below the BIOS hole.
 const IDENTITY_MAP_ADDR: u64 = 0xFFFB_C000;
@@ -44,6 +45,7 @@ pub(super) fn failed(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmErr
 pub struct Vm {
     fd: VmFd,
     tsc_control: bool,
+    msrs: Arc<[u32]>,
 }
 
 impl Vm {
@@ -68,7 +70,9 @@ impl Vm {
         keep_deadline_exits(&fd);
         let tsc_control = kvm.check_extension_int(kvm_ioctls::Cap::TscControl) > 0;
         debug_assert_eq!(kvm_ioctls::Cap::TscControl as u32, KVM_CAP_TSC_CONTROL);
-        Ok(Vm { fd, tsc_control })
+        let msrs = migration::vcpu::msr_numbers(&kvm)
+            .map_err(|e| KvmError::Ioctl { what: "list MSRs", source: std::io::Error::other(e) })?;
+        Ok(Vm { fd, tsc_control, msrs: msrs.into() })
     }
 
     /// KVM can scale a guest's TSC.
@@ -93,6 +97,18 @@ impl Vm {
         };
         // SAFETY: the caller vouches for the range.
         unsafe { self.fd.set_user_memory_region(region) }.map_err(failed("map guest memory"))
+    }
+
+    /// A vCPU that nothing has been set up for: for benchmarks.
+    ///
+    /// # Errors
+    /// KVM refused it.
+    pub fn bare_vcpu(&self, id: u64) -> Result<kvm_ioctls::VcpuFd, KvmError> {
+        self.fd.create_vcpu(id).map_err(failed("create a vCPU"))
+    }
+
+    pub(super) fn msrs(&self) -> Arc<[u32]> {
+        self.msrs.clone()
     }
 
     pub(super) fn fd(&self) -> &VmFd {

@@ -1,15 +1,18 @@
 //! What a vCPU sees around it on this member, and what peers may ask of this member. Both come down to the
 //! switchboard for interrupts and to the platform for devices.
 
+use super::fault;
 use super::rest::Rest;
 use super::switchboard::{Switchboard, count_remote};
+use super::travel::Travels;
 use super::watch::Happening;
 use crate::devices::{Platform, Route, Space};
-use crate::fabric::wire::StopReason;
+use crate::fabric::wire::{StopReason, VcpuGroup};
 use crate::fabric::{Fabric, Handler};
 use crate::interrupts::{InterruptMessage, IrqLines};
 use crate::kvm::exec::Machine;
 use crate::kvm::handle::VcpuHandle;
+use crate::kvm::image::Ticket;
 use crate::layout::{IOAPIC_SIZE, IOAPIC_START};
 use crate::time::discipline::Discipline;
 use crate::time::filter::Sample;
@@ -29,6 +32,7 @@ pub struct MemberMachine {
     pub(super) discipline: Option<Discipline>,
     pub(super) happenings: Sender<Happening>,
     pub(super) rest: Rest,
+    pub(super) travels: Travels,
 }
 
 /// Offset in the IOAPIC's window, if the address is there.
@@ -89,6 +93,11 @@ impl MemberMachine {
         self.fabric.write(member, space, addr, data, posted).map_err(|e| e.to_string())
     }
 
+    /// Which member this is.
+    pub(super) fn me(&self) -> MemberId {
+        self.fabric.me()
+    }
+
     fn tell(&self, happening: Happening) {
         // Nobody listens any more once the member is being dropped.
         let _ = self.happenings.send(happening);
@@ -116,6 +125,28 @@ impl Machine for MemberMachine {
         self.access_write(vcpu, Space::Mmio, addr, data)
     }
 
+    fn send_vcpu(&self, to: MemberId, ticket: &Ticket, image: &[u8]) {
+        if let Err(e) = fault::at(self.me(), "depart") {
+            tracing::error!("{e}");
+        }
+        self.dispatch(to, ticket, image);
+    }
+
+    fn confirm(&self, ticket: &Ticket) {
+        if let Err(e) = fault::at(self.me(), "confirm") {
+            tracing::error!("{e}");
+        }
+        self.confirm_move(ticket);
+    }
+
+    fn population(&self, more: bool) {
+        self.rest.population(more);
+    }
+
+    fn refuses_arrival(&self) -> Option<String> {
+        fault::at(self.me(), "restore").err()
+    }
+
     fn send_ipi(&self, from: &VcpuHandle, x2apic: bool, message: &InterruptMessage) {
         if self.switchboard.send_ipi(from, x2apic, message) {
             self.rest.expect_answer();
@@ -128,8 +159,16 @@ impl Machine for MemberMachine {
 }
 
 impl Handler for MemberMachine {
-    fn interrupt(&self, message: InterruptMessage, hops: u16) {
-        self.switchboard.from_peer(&message, hops);
+    fn interrupt(&self, message: InterruptMessage, group: VcpuGroup, hops: u16) {
+        self.switchboard.from_peer(&message, group, hops);
+    }
+
+    fn image(&self, peer: MemberId, image: &[u8]) {
+        self.admit(peer, image);
+    }
+
+    fn moved(&self, peer: MemberId, token: u64, _vcpu: u32) {
+        self.confirmed(peer, token);
     }
 
     fn read(&self, space: Space, addr: u64, data: &mut [u8]) {
@@ -163,7 +202,7 @@ impl Handler for MemberMachine {
 
     fn clock_sample(&self, sample: Sample) {
         if self.discipline.as_ref().is_some_and(|d| d.sample(sample)) {
-            self.switchboard.vcpus().iter().for_each(|v| v.clock_changed());
+            self.switchboard.vcpus().for_each(|v| v.clock_changed());
         }
     }
 

@@ -3,12 +3,14 @@
 //! [`facts`] says what the host can do, [`plan`] what this member is to be, [`event`] what it reports,
 //! [`stats`] what it counts; [`runtime`] is the member itself. Inside: [`ram`] (guest memory), [`switchboard`]
 //! (where interrupts go), [`machine`] (what vCPUs and peers can access), [`watch`] (when it is over). While it runs, the coordinator gives it
-//! [`task`]s, such as to [`pause`].
+//! [`task`]s, such as to [`pause`], or to let vCPUs [`travel`].
 
 pub mod event;
 pub mod facts;
+mod fault;
 pub mod machine;
 pub mod pause;
+pub mod placement;
 pub mod plan;
 pub mod ram;
 mod rest;
@@ -16,6 +18,7 @@ pub mod runtime;
 pub mod stats;
 pub mod switchboard;
 pub mod task;
+pub mod travel;
 pub mod watch;
 
 pub use crate::devices::ConsoleHandle;

@@ -98,7 +98,7 @@ impl Member {
         }
         if self.can_stop_time() {
             self.clock().set_stopped(stopped);
-            self.switchboard().vcpus().iter().for_each(|v| v.clock_changed());
+            self.switchboard().vcpus().for_each(|v| v.clock_changed());
         }
         self.go_on();
         Ok(())
@@ -130,6 +130,14 @@ impl Member {
                 let clock = self.pause(limit).map_err(|e| words(&e))?;
                 Ok(MemberReply::Paused { clock })
             }
+            MemberTask::Expect { vcpus } => {
+                self.expect(&vcpus).map_err(|e| words(&e))?;
+                Ok(MemberReply::Done)
+            }
+            MemberTask::Depart { vcpus, to, epoch, limit } => {
+                Ok(MemberReply::Departed(self.depart(&vcpus, to, epoch, limit)))
+            }
+            MemberTask::Placed { places } => Ok(MemberReply::Downtimes(self.placed(&places))),
             MemberTask::Traffic => {
                 let (sent, done) = self.traffic();
                 Ok(MemberReply::Traffic { sent, done })

@@ -6,16 +6,27 @@ use std::sync::{Mutex, PoisonError};
 /// Counts the vCPUs that rest.
 #[derive(Debug)]
 pub struct Rest {
-    vcpus: usize,
     /// Held while the engine is told, so that it hears of changes in their order; never across guest memory.
-    resting: Mutex<usize>,
+    count: Mutex<Count>,
     dsm: Option<DsmHandle>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Count {
+    vcpus: usize,
+    resting: usize,
+}
+
+impl Count {
+    fn all_rest(self) -> bool {
+        self.resting >= self.vcpus
+    }
 }
 
 impl Rest {
     /// A member with so many vCPUs, none of which rests.
     pub fn new(vcpus: usize, dsm: Option<DsmHandle>) -> Rest {
-        Rest { vcpus, resting: Mutex::new(0), dsm }
+        Rest { count: Mutex::new(Count { vcpus, resting: 0 }), dsm }
     }
 
     /// A vCPU sent an interrupt to another member, and very likely waits for what is done there.
@@ -27,11 +38,24 @@ impl Rest {
 
     /// One vCPU begins or ends to rest.
     pub fn change(&self, rests: bool) {
+        self.update(|count| {
+            count.resting = if rests { count.resting + 1 } else { count.resting.saturating_sub(1) };
+        });
+    }
+
+    /// One vCPU, which does not rest, comes to this member or leaves it.
+    pub fn population(&self, more: bool) {
+        self.update(|count| {
+            count.vcpus = if more { count.vcpus + 1 } else { count.vcpus.saturating_sub(1) };
+        });
+    }
+
+    fn update(&self, change: impl FnOnce(&mut Count)) {
         let Some(dsm) = &self.dsm else { return };
-        let mut resting = self.resting.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = *resting == self.vcpus;
-        *resting = if rests { *resting + 1 } else { resting.saturating_sub(1) };
-        let after = *resting == self.vcpus;
+        let mut count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = count.all_rest();
+        change(&mut count);
+        let after = count.all_rest();
         if before != after {
             dsm.rest(after);
         }

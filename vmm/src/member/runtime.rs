@@ -7,16 +7,19 @@
 
 use super::event::MemberEvent;
 use super::machine::MemberMachine;
+use super::placement::Placement;
 use super::plan::{BootImages, MemberPlan};
 use super::ram::GuestRam;
 use super::rest::Rest;
 use super::stats::MemberStats;
 use super::switchboard::Switchboard;
+use super::travel::Travels;
 use super::watch::{Happening, Watch};
 use crate::acpi::{self, AcpiError};
 use crate::boot::{self, BootError, BootRequest};
 use crate::devices::{ConsoleHandle, Platform, PlatformError};
 use crate::fabric::Fabric;
+use crate::interrupts::lapic::LocalApic;
 use crate::kvm::cpuid::Cores;
 use crate::kvm::exec::Runner;
 use crate::kvm::handle::VcpuHandle;
@@ -157,10 +160,14 @@ impl Member {
 
         let fabric = Fabric::new(plan.me, topology.epoch, deadline, fabric_links).map_err(start("a link"))?;
         let fabric = Arc::new(fabric);
-        let handles: Vec<_> = topology.vcpus_of(plan.me).map(|id| Arc::new(VcpuHandle::new(id))).collect();
+        let lives_here = |member: &MemberId| *member == plan.me;
+        let handles: Vec<_> = (0u32..)
+            .zip(&topology.vcpus)
+            .map(|(id, member)| Arc::new(VcpuHandle::new(id, lives_here(member))))
+            .collect();
         let members = u16::try_from(topology.members.len()).unwrap_or(u16::MAX);
         let board =
-            Switchboard::new(plan.me, topology.vcpus.clone(), members, handles.clone(), fabric.clone());
+            Switchboard::new(plan.me, Placement::new(&topology.vcpus), members, handles, fabric.clone());
         let switchboard = Arc::new(board);
         let (happenings, happened) = channel();
         let (platform_tx, platform_rx) = channel();
@@ -177,7 +184,8 @@ impl Member {
             clock: clock.clone(),
             discipline: follows.then(|| Discipline::new(clock.clone())),
             happenings: happenings.clone(),
-            rest: Rest::new(handles.len(), ram.dsm().map(Dsm::handle)),
+            rest: Rest::new(topology.vcpus_of(plan.me).count(), ram.dsm().map(Dsm::handle)),
+            travels: Travels::default(),
         });
         let watch = Watch {
             topology: topology.clone(),
@@ -231,15 +239,55 @@ impl Member {
                 thread::sleep(Duration::from_millis(1));
             }
         }
-        let cores = Cores::of(&topology.vcpus);
-        for handle in &handles {
-            let cpuid = member.plan.cpuid.for_vcpu(handle.id(), cores, member.plan.tsc_khz);
-            let base = handle.apic().base();
-            parts.waiting.push(Vcpu::new(&vm, handle.id(), base, &cpuid, &clock)?);
+        for handle in member.switchboard.vcpus() {
+            parts.waiting.push(member.new_vcpu(&vm, handle)?);
         }
         parts.vm = Some(vm);
         drop(parts);
         Ok(member)
+    }
+
+    /// A vCPU of the VM as this host's KVM has it after power-up.
+    fn new_vcpu(&self, vm: &Vm, handle: &VcpuHandle) -> Result<Vcpu, MemberError> {
+        let cores = Cores::of(&self.plan.topology.vcpus);
+        let cpuid = self.plan.cpuid.for_vcpu(handle.id(), cores, self.plan.tsc_khz);
+        let base = LocalApic::new(handle.id(), handle.id() == 0).base();
+        Ok(Vcpu::new(vm, handle.id(), base, &cpuid, &self.clock)?)
+    }
+
+    /// Makes a vCPU that may come from another member, and its thread, unless they are there from an earlier time.
+    pub(super) fn make_vcpu(&self, id: u32) -> Result<(), MemberError> {
+        let mut parts = self.parts();
+        let (Some(vm), Some(machine), Some(handle)) =
+            (&parts.vm, &parts.machine, self.switchboard.handle(id))
+        else {
+            return Err(MemberError::Order("the guest does not run, or has no such vCPU"));
+        };
+        if handle.has_thread() {
+            return Ok(());
+        }
+        let vcpu = self.new_vcpu(vm, handle)?;
+        let runner = Runner::absent(vcpu, handle.clone(), self.clock.clone(), machine.clone());
+        let thread = self.spawn_vcpu(handle, runner)?;
+        parts.vcpu_threads.push(thread);
+        Ok(())
+    }
+
+    fn spawn_vcpu(
+        &self,
+        handle: &VcpuHandle,
+        runner: Runner<MemberMachine>,
+    ) -> Result<JoinHandle<()>, MemberError> {
+        let id = handle.id();
+        handle.open_desk();
+        let tell = self.happenings.clone();
+        let thread = thread::Builder::new().name(format!("vcpu-{id}")).spawn(move || {
+            // The watch thread outlives this one, unless the process ends.
+            let _ = tell.send(Happening::VcpuStarted(id));
+            let end = runner.run();
+            let _ = tell.send(Happening::VcpuEnded(id, end));
+        });
+        thread.map_err(start("a vCPU thread"))
     }
 
     fn parts(&self) -> MutexGuard<'_, Parts> {
@@ -304,20 +352,9 @@ impl Member {
             discipline.start();
         }
         for vcpu in std::mem::take(&mut parts.waiting) {
-            let Some(handle) = self.switchboard.vcpus().iter().find(|h| h.id() == vcpu.id()) else {
-                continue;
-            };
-            let id = vcpu.id();
-            handle.open_desk();
+            let Some(handle) = self.switchboard.handle(vcpu.id()) else { continue };
             let runner = Runner::new(vcpu, handle.clone(), self.clock.clone(), machine.clone());
-            let tell = self.happenings.clone();
-            let thread = thread::Builder::new().name(format!("vcpu-{id}")).spawn(move || {
-                // The watch thread outlives this one, unless the process ends.
-                let _ = tell.send(Happening::VcpuStarted(id));
-                let end = runner.run();
-                let _ = tell.send(Happening::VcpuEnded(id, end));
-            });
-            parts.vcpu_threads.push(thread.map_err(start("a vCPU thread"))?);
+            parts.vcpu_threads.push(self.spawn_vcpu(handle, runner)?);
         }
         // Whoever started the member may have gone.
         let _ = self.events.send(MemberEvent::Running);
@@ -330,7 +367,7 @@ impl Member {
     pub fn stop(&self, reason: &str) {
         // The watch thread may be gone if stop was called before.
         let _ = self.happenings.send(Happening::Stop(reason.to_owned()));
-        self.switchboard.vcpus().iter().for_each(|v| v.stop());
+        self.switchboard.handles().iter().for_each(|v| v.stop());
         self.fabric.cancel(reason);
         let mut parts = self.parts();
         let stopped = join_within(&mut parts.vcpu_threads, STOP_GRACE);
@@ -364,7 +401,7 @@ impl Member {
         let relaxed = std::sync::atomic::Ordering::Relaxed;
         let discipline = parts.machine.as_ref().and_then(|m| m.discipline.as_ref());
         MemberStats {
-            vcpus: self.switchboard.vcpus().iter().map(|v| v.stats()).collect(),
+            vcpus: self.switchboard.vcpus().map(|v| v.stats()).collect(),
             memory: parts.ram.as_ref().map(GuestRam::snapshot).unwrap_or_default(),
             clock_skew_bound_ns: discipline.map_or(0, Discipline::bound_ns),
             fabric_sent: self.fabric.sent.load(relaxed),

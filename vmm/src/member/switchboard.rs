@@ -1,42 +1,53 @@
 //! Where interrupts go on one member: its vCPUs, its IOAPIC if it is the one that has it, and the way to the
-//! other members. No lock is held while anything is sent.
+//! other members.
+//!
+//! Every message names the vCPUs that it is for, so that it reaches each of them exactly once while they move: whoever
+//! has the vCPU delivers, whoever has it no longer hands the message on to where it went. No lock is held while
+//! anything is sent, except that of a vCPU at the moment when it leaves.
 
+use super::placement::Placement;
 use crate::devices::spec::BOARD_MEMBER;
 use crate::fabric::Fabric;
-use crate::fabric::wire::Message;
+use crate::fabric::wire::{Message, VcpuGroup};
 use crate::interrupts::ioapic::IoApic;
 use crate::interrupts::routing::{Targets, targets};
 use crate::interrupts::{DeliveryMode, Destination, InterruptMessage, IrqLines};
-use crate::kvm::handle::{VcpuHandle, count};
+use crate::kvm::handle::{Delivery, VcpuHandle, count};
 use dsm::addr::MemberId;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// An interrupt whose target has moved is handed on this often.
-const MAX_FORWARDS: u16 = 1;
+/// A message that follows a vCPU was handed on so often that something is wrong. Each hand-over takes as long as a
+/// message takes, so a vCPU would have to move that often, that fast.
+const MAX_HOPS: u16 = 1000;
+/// Looks at a vCPU that is neither here nor elsewhere, which lasts for as long as a few instructions of another thread.
+const MAX_LOOKS: u32 = 100_000;
+/// A vCPU that is between two members matches nothing for a moment: so many times around for lowest priority.
+const ROUNDS: u16 = 8;
 
 /// Interrupt routing of a member.
 #[derive(Debug)]
 pub struct Switchboard {
     me: MemberId,
-    placement: Vec<MemberId>,
-    /// Members that have vCPUs or are on the way round for lowest priority.
+    placement: Placement,
+    /// Number of members.
     members: u16,
-    vcpus: Vec<Arc<VcpuHandle>>,
+    /// All vCPUs of the VM, by id.
+    handles: Vec<Arc<VcpuHandle>>,
     ioapic: Option<Mutex<IoApic>>,
     fabric: Arc<Fabric>,
 }
 
 impl Switchboard {
-    /// `vcpus` are those that live here.
+    /// `handles` are those of all vCPUs of the VM, by id.
     pub fn new(
         me: MemberId,
-        placement: Vec<MemberId>,
+        placement: Placement,
         members: u16,
-        vcpus: Vec<Arc<VcpuHandle>>,
+        handles: Vec<Arc<VcpuHandle>>,
         fabric: Arc<Fabric>,
     ) -> Switchboard {
         let ioapic = (me == BOARD_MEMBER).then(Mutex::default);
-        Switchboard { me, placement, members, vcpus, ioapic, fabric }
+        Switchboard { me, placement, members, handles, ioapic, fabric }
     }
 
     /// The member with the IOAPIC.
@@ -49,13 +60,24 @@ impl Switchboard {
         Some(self.ioapic.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// The vCPUs that live here.
-    pub fn vcpus(&self) -> &[Arc<VcpuHandle>] {
-        &self.vcpus
+    /// Where the vCPUs live.
+    pub fn placement(&self) -> &Placement {
+        &self.placement
     }
 
-    fn local(&self, id: u32) -> Option<&Arc<VcpuHandle>> {
-        self.vcpus.iter().find(|v| v.id() == id)
+    /// All vCPUs of the VM, by id.
+    pub fn handles(&self) -> &[Arc<VcpuHandle>] {
+        &self.handles
+    }
+
+    /// A vCPU of the VM.
+    pub fn handle(&self, id: u32) -> Option<&Arc<VcpuHandle>> {
+        self.handles.get(usize::try_from(id).ok()?)
+    }
+
+    /// The vCPUs that live here.
+    pub fn vcpus(&self) -> impl Iterator<Item = &Arc<VcpuHandle>> {
+        self.handles.iter().filter(|v| v.is_here())
     }
 
     /// An IPI of a vCPU here. Returns whether it went to another member.
@@ -73,89 +95,77 @@ impl Switchboard {
 
     /// Delivers; returns how many vCPUs here and how many other members it went to.
     fn route(&self, message: &InterruptMessage, x2apic: bool) -> (u64, u64) {
-        match targets(message, &self.placement, self.me, x2apic) {
-            Targets::One(id, member) if member == self.me => match self.local(id) {
-                Some(vcpu) => {
-                    vcpu.deliver(message);
-                    (1, 0)
-                }
-                None => (0, 0),
-            },
-            Targets::One(id, member) => {
+        match targets(message, self.placement.len(), |id| self.placement.get(id), self.me, x2apic) {
+            Targets::One(id) => {
                 let message = InterruptMessage { destination: Destination::Physical(id), ..*message };
-                self.fabric.send(member, &Message::Interrupt { message, hops: 0 });
-                (0, 1)
+                self.deliver([id].into_iter(), &message, 0)
             }
-            Targets::Members(members) => {
-                let mut counts = (0, 0);
-                for member in members {
-                    if member == self.me {
-                        counts.0 += self.deliver_matching(message);
-                    } else {
-                        self.fabric.send(member, &Message::Interrupt { message: *message, hops: 0 });
-                        counts.1 += 1;
-                    }
-                }
-                counts
-            }
-            Targets::OneOfMatching(mda) => self.one_of_matching(message, mda, 0),
+            Targets::Each(ids) => self.deliver(ids.into_iter(), message, 0),
+            Targets::OneOfMatching => self.one_of_matching(message, 0),
             Targets::Nobody => (0, 0),
         }
     }
 
-    /// To all vCPUs here that the message means.
-    fn deliver_matching(&self, message: &InterruptMessage) -> u64 {
+    /// To each of these vCPUs, wherever it is.
+    fn deliver(&self, ids: impl Iterator<Item = u32>, message: &InterruptMessage, hops: u16) -> (u64, u64) {
         let mut delivered = 0;
-        for vcpu in &self.vcpus {
-            let meant = match message.destination {
-                Destination::All | Destination::Physical(u32::MAX) => true,
-                Destination::AllButSelf => Some(vcpu.id()) != message.source,
-                Destination::Physical(id) => vcpu.id() == id,
-                Destination::Logical(mda) => vcpu.matches_logical(mda),
-            };
-            if meant {
-                vcpu.deliver(message);
-                delivered += 1;
+        let mut away: Vec<(MemberId, VcpuGroup)> = Vec::new();
+        for id in ids {
+            match self.deliver_here(id, message) {
+                None => delivered += 1,
+                Some(member) => match away.iter_mut().find(|(m, group)| *m == member && group.fits(id)) {
+                    Some((_, group)) => group.add(id),
+                    None => away.push((member, VcpuGroup::of(id))),
+                },
             }
         }
-        delivered
+        for (member, group) in &away {
+            self.fabric.send(*member, &Message::Interrupt { message: *message, group: *group, hops });
+        }
+        (delivered, u64::try_from(away.len()).unwrap_or(u64::MAX))
     }
 
-    /// Lowest priority to a logical xAPIC destination: the first match here, or on to the next member, once
-    /// around.
-    fn one_of_matching(&self, message: &InterruptMessage, mda: u32, hops: u16) -> (u64, u64) {
-        if let Some(vcpu) = self.vcpus.iter().find(|v| v.matches_logical(mda)) {
-            vcpu.deliver(message);
+    /// Delivers if the vCPU is here (or nowhere), else says where to send it.
+    fn deliver_here(&self, id: u32, message: &InterruptMessage) -> Option<MemberId> {
+        let handle = self.handle(id)?;
+        for _ in 0..MAX_LOOKS {
+            if handle.deliver(message) != Delivery::Away {
+                return None;
+            }
+            match self.placement.get(id) {
+                Some(member) if member != self.me => return Some(member),
+                // It came between the two looks.
+                _ => std::hint::spin_loop(),
+            }
+        }
+        tracing::error!("vCPU {id} is nowhere; an interrupt for it was dropped");
+        None
+    }
+
+    /// Lowest priority to a logical xAPIC destination: the first match here, or on to the next member.
+    fn one_of_matching(&self, message: &InterruptMessage, hops: u16) -> (u64, u64) {
+        if self.handles.iter().any(|v| v.deliver(message) == Delivery::Taken) {
             return (1, 0);
         }
-        if hops + 1 < self.members {
+        if self.members > 1 && hops + 1 < self.members.saturating_mul(ROUNDS) {
             let next = MemberId((self.me.0 + 1) % self.members);
-            self.fabric.send(next, &Message::Interrupt { message: *message, hops: hops + 1 });
+            let group = VcpuGroup::default();
+            self.fabric.send(next, &Message::Interrupt { message: *message, group, hops: hops + 1 });
             return (0, 1);
         }
         (0, 0)
     }
 
     /// A message that came from a peer.
-    pub fn from_peer(&self, message: &InterruptMessage, hops: u16) {
-        match message.destination {
-            Destination::Logical(mda) if message.mode == DeliveryMode::LowestPriority => {
-                self.one_of_matching(message, mda, hops.min(self.members));
-            }
-            Destination::Physical(id) if id != u32::MAX && self.local(id).is_none() => {
-                // The sender's placement is old: hand it on, once.
-                let target = usize::try_from(id).ok().and_then(|i| self.placement.get(i));
-                match target.filter(|member| **member != self.me && hops < MAX_FORWARDS) {
-                    Some(member) => {
-                        let message = Message::Interrupt { message: *message, hops: hops + 1 };
-                        self.fabric.send(*member, &message);
-                    }
-                    None => tracing::warn!("an interrupt for vCPU {id}, which is not here, was dropped"),
-                }
-            }
-            _ => {
-                self.deliver_matching(message);
-            }
+    pub fn from_peer(&self, message: &InterruptMessage, group: VcpuGroup, hops: u16) {
+        if matches!(message.destination, Destination::Logical(_))
+            && message.mode == DeliveryMode::LowestPriority
+        {
+            self.one_of_matching(message, hops);
+        } else if hops < MAX_HOPS {
+            self.deliver(group.ids(), message, hops + 1);
+        } else {
+            tracing::error!("an interrupt for {group:?} was handed on {hops} times and is dropped");
         }
     }
 

@@ -1,5 +1,7 @@
 //! What the coordinator asks of a running member. Each task is answered, in bounded time.
 
+use super::travel::Departed;
+use dsm::addr::MemberId;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
@@ -10,6 +12,27 @@ pub enum MemberTask {
     Pause {
         /// Longest time it may take.
         limit: Duration,
+    },
+    /// See [`super::Member::expect`]. Answer: `Done`.
+    Expect {
+        /// The vCPUs.
+        vcpus: Vec<u32>,
+    },
+    /// See [`super::Member::depart`]. Answer: `Departed`.
+    Depart {
+        /// The vCPUs.
+        vcpus: Vec<u32>,
+        /// Where to.
+        to: MemberId,
+        /// Placement epoch; this one and the next.
+        epoch: u64,
+        /// Longest time it may take.
+        limit: Duration,
+    },
+    /// See [`super::Member::placed`]. Answer: `Downtimes`.
+    Placed {
+        /// vCPU, member, epoch.
+        places: Vec<(u32, MemberId, u64)>,
     },
     /// See [`super::Member::traffic`]. Answer: `Traffic`.
     Traffic,
@@ -32,6 +55,10 @@ pub enum MemberReply {
         /// The members' common clock when it was, in the guest's ticks; `None` where the guest's time can't be stopped.
         clock: Option<u64>,
     },
+    /// How each departure went.
+    Departed(Vec<(u32, Departed)>),
+    /// vCPU, and nanoseconds for which the guest did not have it when it came here.
+    Downtimes(Vec<(u32, u64)>),
     /// Messages that can change the guest.
     Traffic {
         /// Sent to peers so far.

@@ -156,7 +156,7 @@ impl Watch {
         };
         self.fabric.expect_end();
         self.fabric.send_all(&Message::Stop(reason));
-        self.switchboard.vcpus().iter().for_each(|v| v.stop());
+        self.switchboard.handles().iter().for_each(|v| v.stop());
         self.fabric.cancel(&text);
         let mut quit = false;
         let end = Instant::now() + VCPU_GRACE;

@@ -337,7 +337,7 @@ fn pump_console(
             if !chunk.bytes.is_empty() && to.blocking_send(FromCoordinator::Console(chunk.bytes)).is_err() {
                 return;
             }
-            if done {
+            if done || to.is_closed() {
                 return;
             }
         }

@@ -17,6 +17,7 @@ use crate::control::view::{VmInfo, VmStatus};
 use crate::control::wire::{FromCoordinator, ImageKind, Inherit, Role, ToCoordinator};
 use crate::devices::ConsoleHandle;
 use crate::devices::console::{ConsoleInput, Output};
+use crate::member::travel::Departed;
 use crate::member::{
     BootImages, HostError, HostFacts, MemberEvent, MemberPlan, MemberReply, MemberStats, MemberTask,
     PageTuning, VcpuStats, VmExit,
@@ -154,6 +155,11 @@ impl Guest for FakeGuest {
                 MemberReply::Done
             }
             MemberTask::Pause { .. } => MemberReply::Paused { clock: Some(1000 + u64::from(self.me)) },
+            MemberTask::Expect { .. } => MemberReply::Done,
+            MemberTask::Depart { vcpus, .. } => {
+                MemberReply::Departed(vcpus.iter().map(|id| (*id, Departed::Moved { bytes: 5000 })).collect())
+            }
+            MemberTask::Placed { .. } => MemberReply::Downtimes(Vec::new()),
             MemberTask::Traffic => MemberReply::Traffic { sent: 7, done: 7 },
             MemberTask::Clock => MemberReply::Clock(5000),
             MemberTask::Resume { .. } => MemberReply::Done,

@@ -1,12 +1,15 @@
-//! What can be done to a running VM as a whole, one thing at a time: [`pause`].
+//! What can be done to a running VM as a whole, one thing at a time: [`pause`], [`moves`].
 //!
 //! An operation takes its [`Turn`] first; while one is under way all others are refused with its name, so none ever
 //! sees another half done. Operations run as tasks of their own: a client that goes away does not leave one half done.
 
+pub mod moves;
 pub mod pause;
 
 use super::crew::{AskError, Crew};
 use super::shared::Shared;
+use crate::member::MemberReply;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Why an operation was not done.
@@ -29,6 +32,10 @@ impl From<AskError> for OpError {
     }
 }
 
+fn odd(reply: &MemberReply) -> OpError {
+    OpError::Failed(format!("a member gave an answer that does not fit: {reply:?}"))
+}
+
 /// State of the operations of one VM.
 #[derive(Debug, Default)]
 pub struct Ops {
@@ -37,6 +44,8 @@ pub struct Ops {
     turn: Mutex<Option<String>>,
     /// Changed only by who has the turn.
     pauses: Mutex<pause::Pauses>,
+    /// Placement epochs given away so far.
+    epochs: AtomicU64,
 }
 
 impl Ops {
@@ -53,6 +62,11 @@ impl Ops {
 
     fn turn(&self) -> MutexGuard<'_, Option<String>> {
         self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// So many placement epochs that nobody else has; returns the first.
+    fn next_epochs(&self, count: u64) -> u64 {
+        self.epochs.fetch_add(count, Ordering::SeqCst) + 1
     }
 
     fn pauses(&self) -> MutexGuard<'_, pause::Pauses> {

@@ -16,7 +16,7 @@
 //!
 //! A member that fails to pause, or does not answer, is named in the error, and all others go on at once.
 
-use super::{OpError, Turn};
+use super::{OpError, Turn, odd};
 use crate::control::crew::GRACE;
 use crate::member::{MemberReply, MemberTask};
 use dsm::addr::MemberId;
@@ -160,8 +160,4 @@ pub async fn release(turn: &Turn, limit: Duration) -> Result<(), OpError> {
     crew.ask_all(&MemberTask::Resume { stopped: total }, limit).await?;
     *ops.pauses() = Pauses { now: None, stopped: total };
     Ok(())
-}
-
-fn odd(reply: &MemberReply) -> OpError {
-    OpError::Failed(format!("a member gave an answer that does not fit: {reply:?}"))
 }

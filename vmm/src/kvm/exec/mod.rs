@@ -9,18 +9,21 @@
 //!        +-----------------------------------------------------------------+
 //! ```
 
-use super::desk::Order;
-use super::handle::{VcpuHandle, count, mail};
-use super::signal::Attention;
-use super::vcpu::Vcpu;
-use super::vm::KvmError;
-use super::{msr, sys};
+mod orders;
+
 use crate::interrupts::InterruptMessage;
 use crate::interrupts::lapic::registers::{X2APIC_MSR_FIRST, X2APIC_MSR_LAST};
 use crate::interrupts::lapic::{ApicAction, BASE_BSP, GeneralProtection};
+use crate::kvm::handle::{VcpuHandle, count, mail};
+use crate::kvm::image::Ticket;
+use crate::kvm::signal::Attention;
+use crate::kvm::vcpu::Vcpu;
+use crate::kvm::vm::KvmError;
+use crate::kvm::{msr, sys};
 use crate::layout::{LAPIC_SIZE, LAPIC_START};
 use crate::member::event::VmExit;
 use crate::time::tsc::GuestClock;
+use dsm::addr::MemberId;
 use kvm_bindings::{
     KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO,
     KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO, KVM_EXIT_SET_TPR, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR,
@@ -59,6 +62,17 @@ pub trait Machine: Send + Sync {
     fn end_of_interrupt(&self, vector: u8);
     /// The vCPU stops using memory for a while (HLT, waiting for a start-up IPI), or goes on. The calls alternate.
     fn rest(&self, _resting: bool) {}
+    /// The vCPU of the ticket leaves for `to`: from now on what is meant for it goes there, after these bytes. Called
+    /// with its local APIC locked; must not wait.
+    fn send_vcpu(&self, _to: MemberId, _ticket: &Ticket, _image: &[u8]) {}
+    /// The vCPU of the ticket is set up here.
+    fn confirm(&self, _ticket: &Ticket) {}
+    /// One vCPU more (`true`) or fewer lives here.
+    fn population(&self, _more: bool) {}
+    /// For tests: a reason not to set up a vCPU that came.
+    fn refuses_arrival(&self) -> Option<String> {
+        None
+    }
 }
 
 /// How a vCPU thread ended.
@@ -93,7 +107,11 @@ pub struct Runner<M: Machine> {
     unfinished: bool,
     /// Out of the guest until an order says otherwise.
     parked: bool,
-    /// Mail that came while it was parked.
+    /// The vCPU is not here: another member has it, or will send it.
+    absent: bool,
+    /// Common clock at which it left the guest at another member, until it is in the guest here.
+    arrived: Option<u64>,
+    /// Mail that came while it was parked or absent.
     held: u32,
     /// CR8 as the guest was entered with it.
     cr8: u8,
@@ -124,10 +142,17 @@ impl<M: Machine> Runner<M> {
             left_at,
             unfinished: false,
             parked: false,
+            absent: false,
+            arrived: None,
             held: 0,
             cr8: 0,
             armed: None,
         }
+    }
+
+    /// A thread for a vCPU that may come from another member.
+    pub fn absent(vcpu: Vcpu, handle: Arc<VcpuHandle>, clock: Arc<GuestClock>, machine: Arc<M>) -> Runner<M> {
+        Runner { absent: true, ..Runner::new(vcpu, handle, clock, machine) }
     }
 
     /// Runs on the calling thread until the end.
@@ -160,7 +185,7 @@ impl<M: Machine> Runner<M> {
         if mail & mail::STOP != 0 {
             return Ok(Some(VcpuEnd::Stopped));
         }
-        if mail & mail::ORDER != 0 {
+        if mail & mail::ORDER != 0 || self.absent {
             self.held = mail & !mail::ORDER;
             return self.obey();
         }
@@ -200,61 +225,15 @@ impl<M: Machine> Runner<M> {
         if !self.handle.enter_guest() {
             return Ok(None);
         }
+        if self.arrived.is_some() {
+            self.note_downtime();
+            self.arrived = None;
+        }
         let result = self.vcpu.fd.run().map(|_| ());
         self.handle.leave_guest();
         self.left_at = self.clock.scaled_now();
         count(&self.handle.counters.exits);
         self.handle_exit(result.err().map(|e| e.errno()))
-    }
-
-    /// Carries out orders until none is left and the vCPU is not parked.
-    fn obey(&mut self) -> Result<Option<VcpuEnd>, KvmError> {
-        loop {
-            while let Some(order) = self.handle.next_order() {
-                match order {
-                    Order::Park(answer) => {
-                        if let Some(end) = self.complete()? {
-                            return Ok(Some(end));
-                        }
-                        self.park(true);
-                        // Who asked may have given up.
-                        let _ = answer.send(());
-                    }
-                    Order::Resume => self.park(false),
-                }
-            }
-            if !self.parked {
-                return Ok(None);
-            }
-            self.handle.wait(Some(IDLE_WAIT));
-            let mail = self.handle.take_mail();
-            if mail & mail::STOP != 0 {
-                self.park(false);
-                return Ok(Some(VcpuEnd::Stopped));
-            }
-            self.held |= mail & !mail::ORDER;
-        }
-    }
-
-    fn park(&mut self, parked: bool) {
-        if std::mem::replace(&mut self.parked, parked) != parked {
-            self.machine.rest(parked);
-        }
-    }
-
-    /// Gives the guest the result of its last access, which the kernel still owes it, without running it. Afterwards
-    /// the registers are those between two instructions.
-    fn complete(&mut self) -> Result<Option<VcpuEnd>, KvmError> {
-        while self.unfinished {
-            self.vcpu.run.set_immediate_exit(1);
-            let result = self.vcpu.fd.run().map(|_| ());
-            self.vcpu.run.set_immediate_exit(0);
-            // An access wider than the bus goes on in pieces: each is one more exit.
-            if let Some(end) = self.handle_exit(result.err().map(|e| e.errno()))? {
-                return Ok(Some(end));
-            }
-        }
-        Ok(None)
     }
 
     /// Brings timer and priorities up to date: what to inject, when to look again, and the TPR.
@@ -296,7 +275,7 @@ impl<M: Machine> Runner<M> {
 
     fn inject(&mut self, vector: Option<u8>) -> Result<(), KvmError> {
         if std::mem::take(&mut self.nmi) {
-            self.vcpu.fd.nmi().map_err(super::vm::failed("inject an NMI"))?;
+            self.vcpu.fd.nmi().map_err(crate::kvm::vm::failed("inject an NMI"))?;
             count(&self.handle.counters.nmis);
         }
         let Some(vector) = vector else {

@@ -1,0 +1,3 @@
+//! Benchmarks of what the hypervisor adds to `dsm`: each measures its floor in the same run.
+
+pub mod migrate;
