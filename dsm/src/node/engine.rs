@@ -124,6 +124,11 @@ impl Engine {
         }
     }
 
+    /// How many contended pages were given away since the last call of this function.
+    pub(crate) fn take_losses(&self) -> u32 {
+        lock(&self.gang).take_losses()
+    }
+
     /// What a remote fault costs here, in nanoseconds: the median of what the shards have seen; 0 if none has seen any.
     pub(crate) fn transfer(&self) -> u64 {
         let mut costs: Vec<u64> =

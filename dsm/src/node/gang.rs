@@ -36,6 +36,7 @@ pub(super) struct Gang {
     /// The page whose fault called the gang last, until it comes.
     called: Option<Page>,
     calls: u32,
+    losses: u32,
     habits: HashMap<Page, Habit>,
 }
 
@@ -43,6 +44,7 @@ impl Gang {
     /// The member gave a contended page away. Returns it if it is to be asked for at once, because the gang is being
     /// called at the moment.
     pub(super) fn lost(&mut self, page: Page) -> Option<Page> {
+        self.losses = self.losses.saturating_add(1);
         if self.called.is_some_and(|called| called != page) {
             self.lost.retain(|p| *p != page);
             return Some(page);
@@ -55,6 +57,11 @@ impl Gang {
         }
         self.lost.push(page);
         None
+    }
+
+    /// How many contended pages were given away since the last call of this function.
+    pub(super) fn take_losses(&mut self) -> u32 {
+        std::mem::take(&mut self.losses)
     }
 
     /// A page has come.

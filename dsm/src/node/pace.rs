@@ -15,6 +15,10 @@ struct State {
     slots: Slots,
     /// The best estimate of the offset, and when it was made.
     estimate: Option<(i64, u64)>,
+    /// How many contended pages change hands per round of slots, in sixteenths.
+    gang: u64,
+    /// When the leader's last beat was.
+    beaten: u64,
 }
 
 /// What this member knows of the slots.
@@ -43,14 +47,27 @@ impl Pace {
     }
 
     /// Time for the next beat of the leader: how long slots are from now on (0 while nothing is known), and the slots if
-    /// they have changed. `transfer` is what a remote fault costs here.
-    pub(super) fn lead(&self, transfer: u64) -> (u8, Option<Slots>) {
+    /// they have changed. `transfer` is what a remote fault costs here; `losses` contended pages were given away since the
+    /// last beat.
+    ///
+    /// A slot is several times as long as it takes to move the pages that change hands: 6 transfers for one page, which
+    /// two threads that talk through it should not wait for longer, and up to all of [`HoldConfig::transfers`] for a
+    /// kernel's page tables, run queues and locks.
+    pub(super) fn lead(&self, now: u64, transfer: u64, losses: u32) -> (u8, Option<Slots>) {
         if !self.is_led_by(self.me) || self.transfers == 0 || transfer == 0 {
             return (0, None);
         }
-        let wanted = transfer.saturating_mul(self.transfers).min(self.max).max(1);
         let mut state = self.state();
+        let since = now.saturating_sub(state.beaten).max(1);
+        state.beaten = now;
         let shift = u64::from(state.slots.shift);
+        if shift != 0 {
+            let round = (1 << shift) * u64::from(self.members.0.count_ones());
+            let gang = u64::from(losses).saturating_mul(16).saturating_mul(round) / since;
+            state.gang = (state.gang * 3 + gang.min(16 * 256)) / 4;
+        }
+        let transfers = (6 + state.gang * 5 / 128).min(self.transfers);
+        let wanted = transfer.saturating_mul(transfers).min(self.max).max(1);
         // A slot lasts until the wanted length is well beyond it.
         let fits = shift != 0 && wanted >= (1 << shift) / 8 * 5 && wanted <= (1 << shift) / 4 * 7;
         if fits {
@@ -99,15 +116,36 @@ mod tests {
     #[test]
     fn the_leader_fits_the_slots_to_what_a_transfer_costs_and_keeps_them_a_while() {
         let leader = pace(0);
-        assert_eq!(leader.lead(0), (0, None));
-        let (shift, slots) = leader.lead(25_000);
+        let lead = |transfer| leader.lead(0, transfer, 0);
+        assert_eq!(lead(0), (0, None));
+        let (shift, slots) = lead(300_000);
         assert_eq!((shift, slots.map(|s| s.shift)), (21, Some(21)));
-        assert_eq!(leader.lead(30_000), (21, None));
-        assert_eq!(leader.lead(21_000), (21, None));
-        assert_eq!(leader.lead(200_000).0, 24);
-        assert_eq!(leader.lead(u64::MAX).0, 27);
-        assert_eq!(leader.lead(1).0, MIN_SHIFT);
-        assert_eq!(pace(1).lead(25_000), (0, None));
+        assert_eq!(lead(350_000), (21, None));
+        assert_eq!(lead(250_000), (21, None));
+        assert_eq!(lead(2_100_000).0, 24);
+        assert_eq!(lead(u64::MAX).0, 27);
+        assert_eq!(lead(1).0, MIN_SHIFT);
+        assert_eq!(pace(1).lead(0, 25_000, 0), (0, None));
+    }
+
+    #[test]
+    fn slots_grow_with_the_pages_that_change_hands() {
+        let leader = pace(0);
+        let mut now = 0;
+        let mut shift = leader.lead(now, 1_000_000, 0).0;
+        assert_eq!(shift, 22);
+        for _ in 0..20 {
+            now += 250_000_000;
+            // 64 pages per round of three slots.
+            let losses = u32::try_from(64 * 250_000_000u64 / (3 << shift)).unwrap();
+            shift = leader.lead(now, 1_000_000, losses).0;
+        }
+        assert_eq!(shift, 25);
+        for _ in 0..20 {
+            now += 250_000_000;
+            shift = leader.lead(now, 1_000_000, 250_000_000 / (3 << shift)).0;
+        }
+        assert!((22..=23).contains(&shift), "{shift}");
     }
 
     #[test]

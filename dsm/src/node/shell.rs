@@ -272,7 +272,7 @@ impl Shell {
         if !self.pace.is_led_by(self.cfg.me) {
             return MemberSet::EMPTY;
         }
-        let (shift, changed) = self.pace.lead(self.engine.transfer());
+        let (shift, changed) = self.pace.lead(self.now(), self.engine.transfer(), self.engine.take_losses());
         if let Some(slots) = changed {
             self.engine.set_slots(self, self.now(), slots);
         }
