@@ -20,7 +20,7 @@ usage: ssicheck [--json] [--cpus A,B,..] [--only CHECK,..] [--budget SECONDS] [-
   --only A,B          only these checks: process_space, process_migration, shared_memory_ipc, root_and_files,
                       io_space, memory_model, atomics, time
   --budget SECONDS    about how long all checks together may take (default 60)
-  --deadline SECONDS  a check that takes longer is killed and fails (default 120 plus its share of the budget)
+  --deadline SECONDS  a check that shows no progress for so long is killed and fails (default 120 plus its share of the budget)
   --full              at least 100000 iterations of every litmus test, however long that takes
   --disk PATH         disk for io_space (default /dev/vda, if there is one)
   --console PATH      console for io_space (default /dev/console)
@@ -127,7 +127,7 @@ impl Options {
         Duration::try_from_secs_f64(self.budget * check.weight()).unwrap_or_default()
     }
 
-    /// When `check` is killed, counted from its start.
+    /// When `check` is killed, counted from its last sign of progress (a sub-check that begins or ends).
     pub fn deadline_of(&self, check: Check) -> Duration {
         let patience = if self.full && check == Check::MemoryModel { 3600.0 } else { 120.0 };
         let limit = self.deadline.unwrap_or(patience + 2.0 * self.budget * check.weight());

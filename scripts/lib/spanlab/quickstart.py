@@ -109,7 +109,7 @@ def _main():
     parser.add_argument("--memory", type=int, default=512, metavar="MIB", help="of the guest (default 512)")
     parser.add_argument("--host-memory", type=int, default=1024, metavar="MIB", help="of each virtual host (default 1024)")
     parser.add_argument("--budget", type=int, metavar="S", help="seconds for ssicheck (default 60)", default=60)
-    parser.add_argument("--timeout", type=int, default=900, metavar="S", help="for the guest's whole life (default 900)")
+    parser.add_argument("--timeout", type=int, default=2400, metavar="S", help="for the guest's whole life (default 2400)")
     options = parser.parse_args()
     if not 1 <= options.members <= 9:
         raise Failure(f"--members {options.members}: 1 to 9")
