@@ -4,7 +4,29 @@ use super::DsmError;
 use crate::addr::{Epoch, HomeRange, MAX_MEMBERS, MemberId};
 use crate::protocol::MemberSet;
 pub use crate::protocol::hold::HoldConfig;
-use std::time::Duration;
+use std::fmt;
+use std::io;
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Makes a new connection to a member, authenticated as the first one was, by the given time.
+pub type Redialer = dyn Fn(MemberId, Instant) -> io::Result<TcpStream> + Send + Sync;
+
+/// What to do about a connection that broke.
+#[derive(Clone)]
+pub struct Reconnect {
+    /// After so much time without one the peer is dead.
+    pub grace: Duration,
+    /// Makes a new one. Called by one thread per peer that is missed.
+    pub redial: Arc<Redialer>,
+}
+
+impl fmt::Debug for Reconnect {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reconnect").field("grace", &self.grace).finish_non_exhaustive()
+    }
+}
 
 /// One member's view of the shared memory.
 #[derive(Clone, Debug)]
@@ -23,6 +45,9 @@ pub struct DsmConfig {
     pub shards: usize,
     /// A peer that says nothing, or takes nothing, for this long is dead.
     pub deadline: Duration,
+    /// How a connection that broke is made again, and for how long that is tried; the memory stands still meanwhile. `None`
+    /// takes every broken connection for a dead peer.
+    pub reconnect: Option<Reconnect>,
     /// Pages that the first touch of a page homed here brings along, 1 to 64.
     pub first_touch: u32,
     /// Bytes of the memory that this member keeps; more goes back to where it is homed. `None` for all of it. The budgets of
@@ -44,6 +69,7 @@ impl DsmConfig {
             hold: HoldConfig::default(),
             shards: (cpus / 4).clamp(1, 8),
             deadline: Duration::from_secs(10),
+            reconnect: None,
             first_touch: 8,
             budget: None,
             fault_log: 0,

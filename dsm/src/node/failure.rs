@@ -20,6 +20,14 @@ pub enum Cause {
     /// The connection ended without a farewell.
     #[error("{0}")]
     Disconnected(String),
+    /// The connection broke and could not be made again.
+    #[error("{broke}; not connected again within {grace:?}")]
+    Gone {
+        /// How it broke.
+        broke: String,
+        /// For how long it was tried.
+        grace: Duration,
+    },
     /// Nothing was heard for too long.
     #[error("nothing was heard from it for {0:?}; its host may be down or cut off")]
     Silent(Duration),

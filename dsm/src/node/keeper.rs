@@ -132,9 +132,10 @@ fn linger(shell: &Shell) {
 
 fn wait(shell: &Shell, until: u64) {
     let keeper = shell.keeper();
-    let full: Vec<_> = shell.links().filter(|l| l.full_since() != 0).collect();
+    let full: Vec<_> =
+        shell.links().filter(|l| l.full_since() != 0).map(|l| (l.peer(), l.stream())).collect();
     let mut fds = vec![PollFd::new(&keeper.kicked, PollFlags::IN)];
-    fds.extend(full.iter().map(|l| PollFd::new(l.stream(), PollFlags::OUT)));
+    fds.extend(full.iter().map(|(_, stream)| PollFd::new(&**stream, PollFlags::OUT)));
     let left = until.saturating_sub(shell.now());
     let timeout = Timespec {
         tv_sec: i64::try_from(left / 1_000_000_000).unwrap_or(i64::MAX),
@@ -147,19 +148,26 @@ fn wait(shell: &Shell, until: u64) {
     let mut count = [0; 8];
     // Empty when it was not kicked.
     let _ = rustix::io::read(&keeper.kicked, &mut count);
-    let talk = full.iter().fold(MemberSet::EMPTY, |set, l| set.with(l.peer()));
+    let talk = full.iter().fold(MemberSet::EMPTY, |set, l| set.with(l.0));
     shell.flush_quietly(talk);
 }
 
 fn heartbeat(shell: &Shell, now: u64, beat: u64, deadline: u64) {
     let mut talk = MemberSet::EMPTY;
-    for link in shell.links().filter(|l| !l.has_left()) {
+    for link in shell.links().filter(|l| !l.has_left() && !l.is_broken()) {
         let silent = now.saturating_sub(link.heard());
+        let full = link.full_since();
+        let is_stuck = full != 0 && now.saturating_sub(full) > deadline;
+        if link.keeps() && (silent > deadline || is_stuck) {
+            // Half open, perhaps: its receive thread looks for the peer again.
+            link.set_broken();
+            link.close();
+            continue;
+        }
         if silent > deadline {
             return shell.fail(Some(link.peer()), Cause::Silent(shell.config().deadline));
         }
-        let full = link.full_since();
-        if full != 0 && now.saturating_sub(full) > deadline {
+        if is_stuck {
             return shell.fail(Some(link.peer()), Cause::Stuck(shell.config().deadline));
         }
         if full == 0 && now.saturating_sub(link.spoke()) >= beat {

@@ -5,6 +5,7 @@
 //! - [`receive threads`](threads): one per peer. Reads frames, asks the core, fills pages and wakes their waiters itself.
 //! - [`gang`]: contended pages that are used together come back together.
 //! - [`evict`]: what goes when there is more here than the member may keep.
+//! - [`resume`]: a connection that broke is made again, and nothing is lost.
 //! - [`keeper`]: one thread for everything that waits: hold times, full sockets, heartbeats and deadlines.
 //! - [`engine`]: which cores are asked, in which order; [`shard`]: carries out what a core commands. Both run in the
 //!   simulation, too. [`shell`]: what all threads share. [`Dsm`] is the door.
@@ -18,13 +19,14 @@ mod failure;
 mod gang;
 mod keeper;
 mod pace;
+mod resume;
 mod save;
 pub(crate) mod shard;
 mod shell;
 mod stream;
 mod threads;
 
-pub use config::{DsmConfig, HoldConfig};
+pub use config::{DsmConfig, HoldConfig, Reconnect, Redialer};
 pub use failure::{Cause, DsmFailure};
 pub use save::{PageSink, PageSource, SaveError, SaveOptions, Saved};
 

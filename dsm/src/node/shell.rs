@@ -145,7 +145,8 @@ impl Shell {
         for (peer, stream) in streams {
             match links.get_mut(usize::from(peer.0)) {
                 Some(slot @ None) if members.has(peer) && peer != cfg.me => {
-                    *slot = Some(Link::new(peer, stream, 0));
+                    let make = if cfg.reconnect.is_some() { Link::keeping } else { Link::new };
+                    *slot = Some(make(peer, stream, 0));
                 }
                 _ => return Err(DsmError::Links(peer)),
             }

@@ -1,10 +1,11 @@
 //! The threads of a member. None of them outlives [`Shell::shutdown`] by more than it takes to notice.
 
 use super::failure::Cause;
+use super::resume;
 use super::shell::Shell;
 use crate::addr::MemberId;
 use crate::protocol::MemberSet;
-use crate::transport::frame::{Frame, Rules};
+use crate::transport::frame::{Frame, Header, Rules};
 use crate::transport::link::Link;
 use crate::transport::reader::{FrameReader, ReadError};
 use rustix::event::{PollFd, PollFlags};
@@ -12,6 +13,9 @@ use std::io::Read;
 
 /// Messages whose answers are written together at most.
 const BURST: u32 = 16;
+
+/// Frames after which the peer is told that they have come, at the latest.
+const SAY: u32 = 128;
 
 /// What one thread does.
 #[derive(Clone, Copy, Debug)]
@@ -74,24 +78,33 @@ fn faults(shell: &Shell, shard: usize) {
 
 fn receive(shell: &Shell, link: &Link) {
     let peer = link.peer();
-    if let Err(cause) = frames(shell, link)
+    let rules = Rules { peer, epoch: shell.config().epoch, layout: shell.layout(), members: shell.members() };
+    while let Err(cause) = frames(shell, link, &rules)
         && shell.is_running()
     {
-        shell.fail(Some(peer), cause);
+        let is_broken = matches!(cause, Cause::Disconnected(_)) && resume::is_enabled(shell, peer);
+        let result = if is_broken { resume::resume(shell, link, &rules, cause) } else { Err(cause) };
+        if let Err(cause) = result
+            && shell.is_running()
+        {
+            shell.fail(Some(peer), cause);
+            break;
+        }
     }
     // A stream that is closed with unread bytes in it is reset, and the peer might lose our farewell.
     if shell.is_leaving() {
         let mut rest = [0; 4096];
-        while matches!(link.stream().read(&mut rest), Ok(n) if n > 0) {}
+        while matches!((&*link.stream()).read(&mut rest), Ok(n) if n > 0) {}
     }
     link.set_ended();
 }
 
 /// Reads frames until the member stops or the peer has left in order.
-fn frames(shell: &Shell, link: &Link) -> Result<(), Cause> {
+fn frames(shell: &Shell, link: &Link, rules: &Rules<'_>) -> Result<(), Cause> {
     let peer = link.peer();
-    let mut reader = FrameReader::new(link.stream());
-    let rules = Rules { peer, epoch: shell.config().epoch, layout: shell.layout(), members: shell.members() };
+    let stream = link.stream();
+    let mut reader = FrameReader::new(&*stream);
+    let mut unsaid = 0;
     let mut talk = MemberSet::EMPTY;
     let mut answered = 0;
     while shell.is_running() {
@@ -108,12 +121,23 @@ fn frames(shell: &Shell, link: &Link) -> Result<(), Cause> {
             Err(e) => return Err(Cause::Disconnected(e.to_string())),
         };
         link.note_message();
-        match header.decode(&rules, || ()).map_err(|e| Cause::Violation(e.to_string()))? {
+        link.acknowledged(header.received());
+        unsaid += 1;
+        if link.keeps() && unsaid >= SAY {
+            // Who only receives would let the peer keep everything.
+            unsaid = 0;
+            link.push(&Header::ping(shell.config().me, rules.epoch));
+            talk = talk.with(peer);
+        }
+        match header.decode(rules, || ()).map_err(|e| Cause::Violation(e.to_string()))? {
             Frame::Page(page, msg) => {
                 answered += 1;
                 talk = MemberSet(talk.0 | shell.message(peer, page, msg, bytes).0);
             }
             Frame::Ping => {}
+            Frame::Resume(_) => {
+                return Err(Cause::Violation("it resumes a stream that did not break".into()));
+            }
             Frame::Beat { clock, shift } => shell.beat(peer, clock, shift),
             Frame::Bye => {
                 link.set_left();

@@ -3,7 +3,7 @@
 use super::member::Member;
 use super::plan::{Chaos, Forgery, US};
 use super::sched::Event;
-use super::world::{MustFail, World};
+use super::world::{MustFail, World, new_reader};
 use crate::addr::{Epoch, MemberId};
 use crate::layout::Page;
 use crate::protocol::cache::State;
@@ -31,6 +31,15 @@ pub(super) fn happen(world: &World, n: usize) {
                 member.slowness.set(factor);
             }
         }
+        Chaos::Blip { a, b, until } => {
+            for (from, to) in [(a, b), (b, a)] {
+                if let Some(peer) = world.member(to).and_then(|m| m.peer(from)) {
+                    peer.blips.set(peer.blips.get() + 1);
+                    peer.incoming.close(true);
+                }
+            }
+            world.sched.at(until, Event::Heal { a, b });
+        }
         Chaos::Crash { member, broken } => crash(world, member, broken),
         Chaos::Cut { a, b, broken } => {
             must_fail(world, a, b, "");
@@ -42,6 +51,44 @@ pub(super) fn happen(world: &World, n: usize) {
             world.sched.after(US, Event::Chaos(n));
         }
         Chaos::Forge { from, to, what } => forge(world, from, to, what),
+    }
+}
+
+/// Two members connect again, unless they broke up again meanwhile, or for good.
+pub(super) fn heal(world: &World, a: u16, b: u16) {
+    let ends = |me: u16, other: u16| {
+        let member = world.member(me)?;
+        Some((member, member.peer(other)?))
+    };
+    let (Some((one, to_b)), Some((other, to_a))) = (ends(a, b), ends(b, a)) else { return };
+    for peer in [to_a, to_b] {
+        peer.blips.set(peer.blips.get().saturating_sub(1));
+    }
+    if to_a.blips.get() > 0 {
+        return;
+    }
+    // Only after a cut must both blame each other.
+    let must = |x, y| world.must_fail.borrow().iter().any(|m| (m.member, m.blames) == (x, y));
+    if one.is_dead.get() || other.is_dead.get() || (must(a, b) && must(b, a)) {
+        to_a.incoming.close(true);
+        to_b.incoming.close(true);
+        return;
+    }
+    if !one.is_running() || !other.is_running() {
+        // Who has failed connects no more; the other would take it for dead in the end.
+        to_a.blips.set(1);
+        to_b.blips.set(1);
+        return;
+    }
+    world.trace(None, None, || format!("{a} and {b} connect again"));
+    world.count(|t| t.resumed += 1);
+    for (me, peer, theirs) in [(a, to_b, to_a), (b, to_a, to_b)] {
+        // What this one sends comes in at the other.
+        theirs.incoming.reopen();
+        *theirs.reader.borrow_mut() = new_reader(&theirs.incoming);
+        let result = peer.link.resume(theirs.incoming.clone(), theirs.link.received(), world.sched.now());
+        world.expect(None, result.map_err(|e| format!("member {me} can't resume: {e}")));
+        world.flushed_soon(me, if me == a { b } else { a });
     }
 }
 

@@ -32,6 +32,8 @@ pub(super) struct Peer {
     pub(super) incoming: Rc<Pipe>,
     /// Whether its receive thread is at work on a frame.
     pub(super) is_receiving: Cell<bool>,
+    /// Breaks of the connection that will heal.
+    pub(super) blips: Cell<u32>,
 }
 
 /// What the simulation remembers of an event while it is handled.

@@ -117,6 +117,14 @@ impl Pipe {
         self.arm(&mut state, at);
     }
 
+    /// A new connection in the place of the one that broke.
+    pub(super) fn reopen(&self) {
+        let mut state = self.state.borrow_mut();
+        state.segments.clear();
+        (state.read, state.held, state.last) = (0, 0, self.sched.now());
+        (state.is_full, state.is_armed, state.end) = (false, false, End::Open);
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.state.borrow().segments.is_empty()
     }
@@ -145,6 +153,10 @@ impl Socket for Rc<Pipe> {
         state.segments.push_back((arrival, bytes.get(..n).unwrap_or(&[]).to_vec()));
         self.arm(&mut state, arrival);
         Ok(n)
+    }
+
+    fn abort(&self) {
+        // Both ends of a pipe learn from the world that it has broken.
     }
 }
 

@@ -62,6 +62,8 @@ pub(super) enum Chaos {
     Crash { member: u16, broken: bool },
     /// The connection of two members breaks.
     Cut { a: u16, b: u16, broken: bool },
+    /// The connection of two members breaks, what is on its way is lost, and they connect again.
+    Blip { a: u16, b: u16, until: u64 },
     /// A member sends a frame that it should not.
     Forge { from: u16, to: u16, what: Forgery },
 }
@@ -142,7 +144,8 @@ impl Plan {
                 let at = rng.below(4 * MS);
                 let until = at + rng.skewed(20 * MS);
                 let (from, to) = pair();
-                self.chaos.push(match rng.below(3) {
+                self.chaos.push(match rng.below(4) {
+                    3 => (at, Chaos::Blip { a: from, b: to, until }),
                     0 => (at, Chaos::Stall { from, to, until }),
                     1 => (at, Chaos::Stop { member: from, until }),
                     _ => (at, Chaos::Slow { member: from, factor: rng.range(2, 50) }),
@@ -164,7 +167,7 @@ impl Plan {
     /// The time by which nothing new goes wrong and everything that heals has healed.
     pub(super) fn healed(&self) -> u64 {
         let ends = self.chaos.iter().map(|(at, chaos)| match chaos {
-            Chaos::Stall { until, .. } | Chaos::Stop { until, .. } => *until,
+            Chaos::Stall { until, .. } | Chaos::Stop { until, .. } | Chaos::Blip { until, .. } => *until,
             _ => *at,
         });
         ends.max().unwrap_or(0)

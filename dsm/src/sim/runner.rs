@@ -59,6 +59,8 @@ pub struct SimTally {
     pub faults: u64,
     /// Frames delivered.
     pub frames: u64,
+    /// Connections that broke and were made again.
+    pub resumed: u64,
     /// Events that the protocol handled.
     pub handled: u64,
     /// Pages that were kept although somebody waited.
@@ -101,6 +103,7 @@ impl SimTally {
         self.aheads += t.aheads;
         self.yields += t.yields;
         self.rests += t.rests;
+        self.resumed += t.resumed;
         self.hints += t.hints;
         self.declined += t.declined;
         self.evictions += t.evictions;

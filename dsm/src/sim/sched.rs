@@ -26,6 +26,8 @@ pub(super) enum Event {
     Slots { member: u16, shift: u8, offset: i64 },
     /// The world does the n-th thing of its plan.
     Chaos(usize),
+    /// Two members connect again.
+    Heal { a: u16, b: u16 },
     /// Everybody who waits is looked at.
     Watch,
 }
@@ -41,7 +43,7 @@ impl Event {
             | Event::Rest { member }
             | Event::Soften { member }
             | Event::Slots { member, .. } => Some(member),
-            Event::Chaos(_) | Event::Watch => None,
+            Event::Chaos(_) | Event::Heal { .. } | Event::Watch => None,
         }
     }
 }

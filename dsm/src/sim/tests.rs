@@ -25,6 +25,7 @@ fn a_few_hundred_seeds_are_clean() {
         t.evictions,
         t.hints,
         t.declined,
+        t.resumed,
     ];
     assert!(rare.iter().all(|n| *n > 0), "something never happened: {t:?}");
 }

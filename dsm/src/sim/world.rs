@@ -38,6 +38,7 @@ pub(super) struct Tally {
     pub(super) accesses: u64,
     pub(super) faults: u64,
     pub(super) frames: u64,
+    pub(super) resumed: u64,
     pub(super) holds: u64,
     pub(super) pauses: u64,
     pub(super) exists: u64,
@@ -99,6 +100,11 @@ pub(super) struct World {
     is_over: Cell<bool>,
 }
 
+/// Reads what comes out of a pipe, from the start of a frame.
+pub(super) fn new_reader(pipe: &Rc<Pipe>) -> FrameReader<Stream> {
+    FrameReader::with_capacity(Stream(pipe.clone()), 2 * (HEADER_LEN + PAGE_LEN))
+}
+
 impl World {
     pub(super) fn new(seed: u64, plan: impl FnOnce(&Sched) -> Plan, trace: bool) -> Option<World> {
         let sched = Rc::new(Sched::new(seed));
@@ -111,10 +117,16 @@ impl World {
         let find = |from: u16, to: u16| pipes.get(usize::from(from))?.get(usize::from(to)).cloned();
         let peer = |me: u16, other: u16| {
             let (outgoing, incoming) = (find(me, other)?, find(other, me)?);
-            let reader = FrameReader::with_capacity(Stream(incoming.clone()), 2 * (HEADER_LEN + PAGE_LEN));
-            let link = Link::new(MemberId(other), outgoing, 0);
+            let reader = new_reader(&incoming);
+            let link = Link::keeping(MemberId(other), outgoing, 0);
             let reader = RefCell::new(reader);
-            (me != other).then_some(Peer { link, reader, incoming, is_receiving: Cell::default() })
+            (me != other).then_some(Peer {
+                link,
+                reader,
+                incoming,
+                is_receiving: Cell::default(),
+                blips: Cell::default(),
+            })
         };
         let core = |me| CoreConfig {
             me: MemberId(me),
@@ -329,13 +341,19 @@ impl World {
         let member = match event.member().map(|number| self.member(number)) {
             Some(Some(member)) if !member.is_dead.get() => member,
             Some(_) => return,
-            None => return if let Event::Chaos(n) = event { chaos::happen(self, n) } else { self.watch() },
+            None => {
+                return match event {
+                    Event::Chaos(n) => chaos::happen(self, n),
+                    Event::Heal { a, b } => chaos::heal(self, a, b),
+                    _ => self.watch(),
+                };
+            }
         };
         if member.stopped_until.get() > self.sched.now() {
             return self.sched.at(member.stopped_until.get(), event);
         }
         match event {
-            Event::Chaos(_) | Event::Watch => {}
+            Event::Chaos(_) | Event::Heal { .. } | Event::Watch => {}
             Event::Step { thread, .. } => self.step(member, thread),
             Event::Flush { to, .. } if !member.is_queueing.get() => self.flush(member, to),
             // The lock that it needs is taken.
@@ -451,9 +469,13 @@ impl World {
                 return;
             }
             Err(ReadError::Frame(e)) => Cause::Violation(e.to_string()),
+            // Its receive thread is busy with connecting again.
+            Err(_) if peer.blips.get() > 0 => return peer.link.set_broken(),
             Err(e) => Cause::Disconnected(e.to_string()),
             Ok((header, bytes)) => {
                 self.count(|t| t.frames += 1);
+                peer.link.note_message();
+                peer.link.acknowledged(header.received());
                 match header.decode(&self.rules(from), || ()) {
                     Ok(Frame::Page(page, msg)) => {
                         self.trace(Some(member.number), Some(page), || format!("from {from}: {msg:?}"));

@@ -28,6 +28,7 @@ const PUT: u8 = 9;
 const RELEASE: u8 = 10;
 const BEAT: u8 = 11;
 const DECLINE: u8 = 12;
+const RESUME: u8 = 13;
 
 /// The right asked for or granted is to write.
 const WRITE: u8 = 1;
@@ -54,7 +55,8 @@ pub struct Header {
     token: U64,
     acks: U64,
     len: U32,
-    reserved: U32,
+    /// Frames that the sender has received on this stream and those before it, the low 32 bits.
+    received: U32,
 }
 
 /// A frame that no honest member sends.
@@ -66,7 +68,7 @@ pub enum FrameError {
     /// Not a message of this version.
     #[error("unknown frame kind {0}")]
     Kind(u8),
-    /// Flags that the kind does not have, or reserved fields that are not zero.
+    /// Flags that the kind does not have, or that contradict each other.
     #[error("frame kind {kind} has flags {flags:#04x}")]
     Flags {
         /// Kind of the frame.
@@ -115,6 +117,8 @@ pub enum Frame<D> {
         /// Length of a slot, as a power of two of nanoseconds.
         shift: u8,
     },
+    /// The sender has received so many frames on earlier streams.
+    Resume(u64),
     /// The sender leaves in good order.
     Bye,
 }
@@ -145,7 +149,7 @@ impl Header {
             token: U64::new(0),
             acks: U64::new(0),
             len: U32::new(0),
-            reserved: U32::new(0),
+            received: U32::new(0),
         }
     }
 
@@ -160,6 +164,23 @@ impl Header {
         header.token = U64::new(clock);
         header.acks = U64::new(u64::from(shift));
         header
+    }
+
+    /// The first frame on a new stream between members that had one before: how many frames have come.
+    pub fn resume(me: MemberId, epoch: Epoch, received: u64) -> Header {
+        let mut header = Header::new(me, epoch, RESUME);
+        header.token = U64::new(received);
+        header
+    }
+
+    /// Says how many frames have come; part of every frame.
+    pub(super) fn set_received(&mut self, received: u64) {
+        self.received = U32::new(u32::try_from(received & u64::from(u32::MAX)).unwrap_or(0));
+    }
+
+    /// How many frames have come at its sender, the low 32 bits.
+    pub fn received(&self) -> u32 {
+        self.received.get()
     }
 
     /// A farewell.
@@ -248,11 +269,11 @@ impl Header {
             GET => WRITE | HINT,
             FORWARD => WRITE | WAITS | DATA,
             GRANT => WRITE | WAITS | DATA | ZERO,
-            INVALIDATE | INV_ACK | PUT | RELEASE | DONE | PING | BYE | BEAT | DECLINE => 0,
+            INVALIDATE | INV_ACK | PUT | RELEASE | DONE | PING | BYE | BEAT | DECLINE | RESUME => 0,
             _ => return Err(FrameError::Kind(kind)),
         };
         let contradictory = flags & DATA != 0 && flags & ZERO != 0;
-        if flags & !allowed != 0 || contradictory || self.reserved.get() != 0 {
+        if flags & !allowed != 0 || contradictory {
             return Err(FrameError::Flags { kind, flags });
         }
         if (payload != 0) != (kind == GRANT && flags & DATA != 0) {
@@ -260,6 +281,7 @@ impl Header {
         }
         match kind {
             PING => return Ok(Frame::Ping),
+            RESUME => return Ok(Frame::Resume(self.token.get())),
             BYE => return Ok(Frame::Bye),
             BEAT => {
                 let shift = u8::try_from(self.acks.get()).map_err(|_| FrameError::Kind(kind))?;
@@ -366,7 +388,6 @@ mod tests {
             (Box::new(|h| h.magic = U16::new(1)), FrameError::Magic(1)),
             (Box::new(|h| h.kind = 99), FrameError::Kind(99)),
             (Box::new(|h| h.flags = 0x80), FrameError::Flags { kind: FORWARD, flags: 0x80 }),
-            (Box::new(|h| h.reserved = U32::new(1)), FrameError::Flags { kind: FORWARD, flags: 7 }),
             (Box::new(|h| h.from = U16::new(2)), FrameError::Sender(MemberId(2))),
             (Box::new(|h| h.epoch = U64::new(8)), FrameError::Epoch { got: 8, ours: 9 }),
             (Box::new(|h| h.gpa = U64::new(0x3001)), FrameError::Gpa(0x3001)),

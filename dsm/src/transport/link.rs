@@ -3,15 +3,19 @@
 //! Two members whose receive threads both wait for room in each other's socket would wait for ever. So a send appends to
 //! a queue, and whoever appended tries to empty it with non-blocking writes; what the socket does not take stays for
 //! the keeper thread, which waits for room and watches the deadline.
+//!
+//! A link that keeps its frames outlives its stream: what the peer has not said to have received is sent again on the next
+//! one, see [`super::kept`].
 
 use super::frame::{Header, PAGE_LEN};
+use super::kept::{Gap, Kept};
 use crate::addr::MemberId;
 use crate::seeded::{SeededFault, is_on};
 use rustix::net::SendFlags;
 use std::io;
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use zerocopy::IntoBytes;
 
 /// Whether everything is on its way.
@@ -23,21 +27,40 @@ pub enum Flush {
     Full,
 }
 
+/// Frames that wait for the writer.
 #[derive(Debug, Default)]
-struct Writer {
+struct Queue {
+    bytes: Vec<u8>,
+    frames: u64,
+}
+
+#[derive(Debug)]
+struct Writer<S> {
+    stream: Arc<S>,
     buf: Vec<u8>,
     at: usize,
+    /// Frames in `buf`.
+    frames: u64,
+    kept: Kept,
 }
 
 /// A stream that takes what it has room for and never waits.
 pub trait Socket {
     /// Takes some of the bytes; an error of kind `WouldBlock` if it has no room for any.
     fn send(&self, bytes: &[u8]) -> io::Result<usize>;
+
+    /// Ends the stream both ways: who reads from it notices.
+    fn abort(&self);
 }
 
 impl Socket for TcpStream {
     fn send(&self, bytes: &[u8]) -> io::Result<usize> {
         Ok(rustix::net::send(self, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?)
+    }
+
+    fn abort(&self) {
+        // It may have ended already.
+        let _ = self.shutdown(Shutdown::Both);
     }
 }
 
@@ -45,9 +68,14 @@ impl Socket for TcpStream {
 #[derive(Debug)]
 pub struct Link<S = TcpStream> {
     peer: MemberId,
-    stream: S,
-    queue: Mutex<Vec<u8>>,
-    writer: Mutex<Writer>,
+    /// Whether sent frames are kept until they are acknowledged.
+    keeps: bool,
+    /// The stream is gone and there is no new one yet.
+    broken: AtomicBool,
+    stream: Mutex<Arc<S>>,
+    queue: Mutex<Queue>,
+    writer: Mutex<Writer<S>>,
+    acked: AtomicU64,
     full_since: AtomicU64,
     heard: AtomicU64,
     spoke: AtomicU64,
@@ -66,11 +94,30 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl<S: Socket> Link<S> {
     /// The stream to `peer`, at time `now` (nanoseconds of the node's clock).
     pub fn new(peer: MemberId, stream: S, now: u64) -> Link<S> {
+        Link::make(peer, stream, now, false)
+    }
+
+    /// The same, and sent frames are kept until they are acknowledged, for [`Link::resume`].
+    pub fn keeping(peer: MemberId, stream: S, now: u64) -> Link<S> {
+        Link::make(peer, stream, now, true)
+    }
+
+    fn make(peer: MemberId, stream: S, now: u64, keeps: bool) -> Link<S> {
+        let stream = Arc::new(stream);
         Link {
             peer,
-            stream,
-            queue: Mutex::new(Vec::new()),
-            writer: Mutex::new(Writer::default()),
+            keeps,
+            broken: AtomicBool::new(false),
+            writer: Mutex::new(Writer {
+                stream: stream.clone(),
+                buf: Vec::new(),
+                at: 0,
+                frames: 0,
+                kept: Kept::default(),
+            }),
+            stream: Mutex::new(stream),
+            queue: Mutex::default(),
+            acked: AtomicU64::new(0),
             full_since: AtomicU64::new(0),
             heard: AtomicU64::new(now),
             spoke: AtomicU64::new(now),
@@ -89,18 +136,21 @@ impl<S: Socket> Link<S> {
     }
 
     /// The stream, to read from or to wait for room.
-    pub fn stream(&self) -> &S {
-        &self.stream
+    pub fn stream(&self) -> Arc<S> {
+        lock(&self.stream).clone()
     }
 
     /// Queues a frame without a page.
     pub fn push(&self, header: &Header) {
+        let mut header = *header;
+        header.set_received(self.received());
         let mut queue = lock(&self.queue);
         if is_on(SeededFault::BrokenFifo) {
-            queue.splice(0..0, header.as_bytes().iter().copied());
+            queue.bytes.splice(0..0, header.as_bytes().iter().copied());
         } else {
-            queue.extend_from_slice(header.as_bytes());
+            queue.bytes.extend_from_slice(header.as_bytes());
         }
+        queue.frames += 1;
         drop(queue);
         self.sent_messages.fetch_add(1, Ordering::Relaxed);
     }
@@ -108,11 +158,14 @@ impl<S: Socket> Link<S> {
     /// Queues a frame with a page that `fill` appends to the buffer. `fill` may also take the page back, if it is all
     /// zero; it returns the header that fits. On an error nothing is queued.
     pub fn push_page<E>(&self, fill: impl FnOnce(&mut Vec<u8>) -> Result<Header, E>) -> Result<(), E> {
-        let mut queue = lock(&self.queue);
+        let mut guard = lock(&self.queue);
+        let Queue { bytes: queue, frames } = &mut *guard;
         let at = queue.len();
         queue.extend_from_slice(&[0; size_of::<Header>()]);
-        match fill(&mut queue) {
-            Ok(header) => {
+        match fill(queue) {
+            Ok(mut header) => {
+                header.set_received(self.received());
+                *frames += 1;
                 debug_assert!(queue.len() <= at + size_of::<Header>() + PAGE_LEN);
                 if let Some(room) = queue.get_mut(at..at + size_of::<Header>()) {
                     room.copy_from_slice(header.as_bytes());
@@ -140,27 +193,38 @@ impl<S: Socket> Link<S> {
             drop(writer);
             match result? {
                 Flush::Full => return Ok(Flush::Full),
-                Flush::Done if lock(&self.queue).is_empty() => return Ok(Flush::Done),
+                Flush::Done if self.is_broken() => return Ok(Flush::Done),
+                Flush::Done if lock(&self.queue).bytes.is_empty() => return Ok(Flush::Done),
                 Flush::Done => {}
             }
         }
     }
 
-    fn drain(&self, writer: &mut Writer, now: u64) -> io::Result<Flush> {
-        loop {
+    fn drain(&self, writer: &mut Writer<S>, now: u64) -> io::Result<Flush> {
+        if self.keeps {
+            let got = self.acked.load(Ordering::Relaxed);
+            writer.kept.acknowledge(got, writer.frames).map_err(io::Error::other)?;
+        }
+        while !self.is_broken() {
             let rest = writer.buf.get(writer.at..).unwrap_or(&[]);
             if rest.is_empty() {
+                if self.keeps && writer.frames > 0 {
+                    let empty = writer.kept.spare();
+                    let sent = std::mem::replace(&mut writer.buf, empty);
+                    writer.kept.keep(sent, writer.frames);
+                }
                 writer.buf.clear();
-                writer.at = 0;
+                (writer.at, writer.frames) = (0, 0);
                 let mut queue = lock(&self.queue);
-                if queue.is_empty() {
+                if queue.bytes.is_empty() {
                     self.full_since.store(0, Ordering::Relaxed);
                     return Ok(Flush::Done);
                 }
-                std::mem::swap(&mut *queue, &mut writer.buf);
+                std::mem::swap(&mut queue.bytes, &mut writer.buf);
+                writer.frames = std::mem::take(&mut queue.frames);
                 continue;
             }
-            match self.stream.send(rest) {
+            match writer.stream.send(rest) {
                 Ok(n) => {
                     writer.at += n;
                     self.sent_bytes.fetch_add(n as u64, Ordering::Relaxed);
@@ -173,9 +237,65 @@ impl<S: Socket> Link<S> {
                         self.full_since.compare_exchange(0, now.max(1), Ordering::Relaxed, Ordering::Relaxed);
                     return Ok(Flush::Full);
                 }
+                Err(_) if self.keeps => {
+                    self.set_broken();
+                    writer.stream.abort();
+                }
                 Err(e) => return Err(e),
             }
         }
+        Ok(Flush::Done)
+    }
+
+    /// Frames that have come from the peer, on all streams.
+    pub fn received(&self) -> u64 {
+        self.got_messages.load(Ordering::Relaxed)
+    }
+
+    /// Whether frames are kept until they are acknowledged.
+    pub fn keeps(&self) -> bool {
+        self.keeps
+    }
+
+    /// Whether there is no stream at the moment.
+    pub fn is_broken(&self) -> bool {
+        self.broken.load(Ordering::Acquire)
+    }
+
+    /// There is no stream any more; nothing is sent until [`Link::resume`].
+    pub fn set_broken(&self) {
+        self.broken.store(true, Ordering::Release);
+        self.full_since.store(0, Ordering::Relaxed);
+    }
+
+    /// The peer has said, in a frame, how many it has received: the low 32 bits.
+    pub fn acknowledged(&self, low: u32) {
+        if self.keeps {
+            let before = self.acked.load(Ordering::Relaxed);
+            let since = low.wrapping_sub(u32::try_from(before & u64::from(u32::MAX)).unwrap_or(0));
+            // Only the one thread that reads from the peer comes here. A frame that was sent again says what was true when
+            // it was made.
+            if since < 1 << 31 {
+                self.acked.store(before + u64::from(since), Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Goes on with another stream. The peer has received `got` frames on those before: the others are sent again, and
+    /// then what has been queued meanwhile.
+    pub fn resume(&self, stream: S, got: u64, now: u64) -> Result<(), Gap> {
+        let stream = Arc::new(stream);
+        let mut writer = lock(&self.writer);
+        let Writer { buf, frames, kept, .. } = &mut *writer;
+        let (again, count) = kept.again(buf, *frames, got)?;
+        (writer.buf, writer.frames, writer.at) = (again, count, 0);
+        writer.stream = stream.clone();
+        self.acked.store(got, Ordering::Relaxed);
+        *lock(&self.stream) = stream;
+        self.full_since.store(0, Ordering::Relaxed);
+        self.heard.store(now, Ordering::Relaxed);
+        self.broken.store(false, Ordering::Release);
+        Ok(())
     }
 
     /// Since when the socket has taken nothing; 0 if it is not full.
@@ -237,18 +357,18 @@ impl Link {
         // What the socket does not take now never goes; the peer then sees a broken connection, which is the truth.
         let _ = self.drain(&mut writer, now);
         // It may be closed already.
-        let _ = self.stream.shutdown(Shutdown::Write);
+        let _ = self.stream().shutdown(Shutdown::Write);
     }
 
     /// Ends the sending direction towards a peer that has said farewell: it waits for that.
     pub fn answer_farewell(&self) {
-        let _ = self.stream.shutdown(Shutdown::Write);
+        let _ = self.stream().shutdown(Shutdown::Write);
     }
 
     /// Ends the stream in both directions; a thread that reads from it wakes.
     pub fn close(&self) {
         // It may be closed already.
-        let _ = self.stream.shutdown(Shutdown::Both);
+        self.stream().abort();
     }
 
     /// Notes that nobody reads from the stream any more.

@@ -223,7 +223,7 @@ fn ready(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)
 }
 
-fn call(
+pub(super) fn call(
     cfg: &MeshConfig,
     peer: MemberId,
     addr: SocketAddr,
@@ -344,7 +344,7 @@ fn accept(
 }
 
 /// The listener's half.
-fn receive(
+pub(super) fn receive(
     stream: &mut TcpStream,
     cfg: &MeshConfig,
     end: Instant,

@@ -6,6 +6,8 @@
 
 pub mod frame;
 mod handshake;
+pub mod kept;
 pub mod link;
 pub mod mesh;
 pub mod reader;
+pub mod redial;

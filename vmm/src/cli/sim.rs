@@ -100,6 +100,7 @@ fn print(report: &SimReport) {
         ("EEXIST", t.exists),
         ("EAGAIN", t.again),
         ("full sockets", t.full),
+        ("connections that broke and were made again", t.resumed),
         ("pages asked for along", t.aheads),
         ("pages asked for because they follow", t.hints),
         ("of these declined", t.declined),
