@@ -6,6 +6,8 @@
 
 pub mod addr;
 pub mod bench;
+#[doc(hidden)]
+pub mod hostile;
 pub mod layout;
 pub mod node;
 pub mod protocol;

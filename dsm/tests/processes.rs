@@ -6,6 +6,7 @@ mod common;
 use common::usable;
 use dsm::addr::MemberId;
 use dsm::bench::group::Group;
+use dsm::bench::mix::Mix;
 use dsm::bench::peer::{Answer, Order, Tuning};
 use dsm::bench::work::{Outcome, Work};
 use std::process::Command;
@@ -98,7 +99,7 @@ fn stores_and_loads_are_ordered_as_on_x86() {
 }
 
 /// Waits until every surviving process reports a failure that names the peer.
-fn all_blame(group: &mut Group, culprit: MemberId, within: Duration) {
+fn all_blame(group: &mut Group, culprit: MemberId, within: Duration, lost: Option<&str>) {
     let end = Instant::now() + within;
     for peer in group.peers.iter_mut().filter(|p| p.member() != culprit) {
         loop {
@@ -106,6 +107,7 @@ fn all_blame(group: &mut Group, culprit: MemberId, within: Duration) {
                 Answer::Failure(Some((blamed, text))) => {
                     assert_eq!(blamed, Some(culprit), "{text}");
                     assert!(text.contains(&culprit.to_string()), "{text}");
+                    assert!(lost.is_none_or(|lost| text.contains(lost)), "{text}");
                     break;
                 }
                 Answer::Failure(None) if Instant::now() < end => {
@@ -124,8 +126,11 @@ fn a_killed_member_is_named_by_all() {
     }
     let mut group = start(3, 4, Tuning::default());
     group.all(|m| Work::Fill { gpa: 0, pages: 12, value: u64::from(m.0) }, PATIENCE).unwrap();
+    // The newest contents of all pages are with one member, and go with it.
+    let fill = Order::Work(Work::Fill { gpa: 0, pages: 12, value: 9 });
+    group.peers[1].ask(&fill, PATIENCE).unwrap();
     group.peers[1].kill();
-    all_blame(&mut group, MemberId(1), Duration::from_secs(5));
+    all_blame(&mut group, MemberId(1), Duration::from_secs(5), Some("only it has 4 pages"));
 }
 
 #[test]
@@ -140,7 +145,7 @@ fn a_member_that_says_nothing_is_named_by_all() {
         assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
     };
     stop("-STOP");
-    all_blame(&mut group, MemberId(2), Duration::from_secs(5));
+    all_blame(&mut group, MemberId(2), Duration::from_secs(5), None);
     stop("-CONT");
 }
 
@@ -155,4 +160,42 @@ fn a_member_that_leaves_in_order_is_no_failure() {
     std::thread::sleep(Duration::from_millis(100));
     let answer = group.peers[0].ask(&Order::Failure, PATIENCE).unwrap();
     assert!(matches!(answer, Answer::Failure(None)), "{answer:?}");
+}
+
+#[test]
+fn members_that_are_stopped_now_and_then_lose_nothing() {
+    if !usable() {
+        return;
+    }
+    const MEMBERS: u64 = 3;
+    let mut group = start(3, 16, Tuning::default());
+    let mix = |m: MemberId| Mix {
+        gpa: 0,
+        pages: MEMBERS * 16,
+        me: u64::from(m.0),
+        members: MEMBERS,
+        threads: 2,
+        seed: 7,
+        millis: 3000,
+    };
+    let pids: Vec<String> = group.peers.iter().map(|p| p.pid().to_string()).collect();
+    let stopper = std::thread::spawn(move || {
+        let signal = |name: &str, pid: &String| {
+            // At the end the process may be gone.
+            let _ = Command::new("kill").args([name, pid]).status();
+        };
+        for round in 0..12 {
+            let pid = &pids[round % pids.len()];
+            signal("-STOP", pid);
+            std::thread::sleep(Duration::from_millis(40 + 20 * (round as u64 % 5)));
+            signal("-CONT", pid);
+            std::thread::sleep(Duration::from_millis(60));
+        }
+    });
+    let sections: u64 = group.all(|m| Work::Mix(mix(m)), PATIENCE).unwrap().iter().map(number).sum();
+    stopper.join().unwrap();
+    assert!(sections > 100, "{sections} locked sections");
+    for sum in group.all(|m| Work::Sections(mix(m)), PATIENCE).unwrap() {
+        assert_eq!(number(&sum), sections);
+    }
 }

@@ -27,7 +27,7 @@ mod stream;
 mod threads;
 
 pub use config::{DsmConfig, HoldConfig, Reconnect, Redialer};
-pub use failure::{Cause, DsmFailure};
+pub use failure::{Cause, DsmFailure, Lost};
 pub use save::{PageSink, PageSource, SaveError, SaveOptions, Saved};
 
 use crate::addr::{MAX_MEMBERS, MemberId, PAGE_SIZE};

@@ -2,7 +2,7 @@
 
 use super::config::DsmConfig;
 use super::engine::Engine;
-use super::failure::{Cause, DsmFailure};
+use super::failure::{Cause, DsmFailure, Lost};
 use super::keeper::Keeper;
 use super::pace::Pace;
 use super::save::PageSource;
@@ -23,6 +23,8 @@ use std::time::Instant;
 
 /// Number of protocol cores is `1 << SHARD_BITS`.
 const SHARD_BITS: u32 = 4;
+/// Pages that a failure names.
+const NAMED: usize = 4;
 const RUNNING: u8 = 0;
 const FAILED: u8 = 1;
 const STOPPED: u8 = 2;
@@ -341,12 +343,28 @@ impl Shell {
         Ok(())
     }
 
-    /// Stops answering and tells the handler, once.
+    /// What only a peer has, of the memory homed here.
+    fn lost_with(&self, peer: MemberId) -> Lost {
+        let mut lost = Lost::default();
+        for shard in self.engine.shards() {
+            for page in shard.core.directory().only_at(peer) {
+                lost.pages += 1;
+                if lost.first.len() < NAMED {
+                    lost.first.push(self.layout.gpa_of(page));
+                }
+            }
+        }
+        lost.first.sort_unstable();
+        lost
+    }
+
+    /// Stops answering and tells the handler, once. The caller holds no shard's lock.
     pub(super) fn fail(&self, peer: Option<MemberId>, cause: Cause) {
         if self.state.compare_exchange(RUNNING, FAILED, Ordering::AcqRel, Ordering::Acquire).is_err() {
             return;
         }
-        let failure = DsmFailure { peer, cause };
+        let lost = peer.map(|peer| self.lost_with(peer)).unwrap_or_default();
+        let failure = DsmFailure { peer, cause, lost };
         tracing::error!("{failure}");
         let handler = {
             let mut report = lock(&self.report);

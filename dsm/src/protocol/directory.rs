@@ -139,6 +139,17 @@ impl Directory {
         self.busy.is_empty()
     }
 
+    /// Pages that `member` alone has, as of the transactions that were begun last.
+    pub fn only_at(&self, member: MemberId) -> impl Iterator<Item = Page> + '_ {
+        let is_alone = move |holders| match holders {
+            Holders::Untouched => false,
+            Holders::Modified { owner } => owner == member,
+            Holders::Shared { sharers, .. } => sharers == MemberSet::only(member),
+        };
+        let alone = self.entries.iter().enumerate().filter(move |(_, packed)| is_alone(unpack(**packed)));
+        alone.map(|(slot, _)| self.share.page(slot))
+    }
+
     /// Whether a transaction of the page is under way.
     pub fn is_busy(&self, page: Page) -> bool {
         self.busy.contains_key(&page)

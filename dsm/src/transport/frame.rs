@@ -241,6 +241,24 @@ impl Header {
         header
     }
 
+    /// Makes a header that means harm pass the first checks, for [`crate::hostile`].
+    pub(crate) fn make_plausible(&mut self, from: MemberId, epoch: Epoch, pages: u64) {
+        self.magic = U16::new(MAGIC);
+        self.kind = self.kind % RESUME + 1;
+        self.flags &= match self.kind {
+            GET => WRITE | HINT,
+            FORWARD => WRITE | WAITS | DATA,
+            GRANT => WRITE | WAITS | ZERO,
+            _ => 0,
+        };
+        self.from = U16::new(from.0);
+        self.epoch = U64::new(epoch.0);
+        self.gpa = U64::new(self.gpa.get() % pages * PAGE_SIZE);
+        self.requester = U16::new(self.requester.get() % 4);
+        self.acks = U64::new(self.acks.get() % 16);
+        self.len = U32::new(0);
+    }
+
     /// Bytes that follow the header. At most a page; more is an error whatever the frame is.
     pub fn payload_len(&self) -> Result<usize, FrameError> {
         if self.magic.get() != MAGIC {

@@ -111,7 +111,12 @@ impl Watch {
             }
             Happening::Memory(failure) => {
                 let text = match failure.peer {
-                    Some(peer) => format!("{} is lost: shared memory: {}", self.name(peer), failure.cause),
+                    Some(peer) => format!(
+                        "{} is lost: shared memory: {}{}",
+                        self.name(peer),
+                        failure.cause,
+                        failure.lost
+                    ),
                     None => failure.to_string(),
                 };
                 let peer = failure.peer.map(|p| (p, failure.cause.to_string()));

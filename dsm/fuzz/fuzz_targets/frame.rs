@@ -1,0 +1,6 @@
+//! A stream of frames from a hostile peer.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    dsm::hostile::frames(data);
+});
