@@ -13,7 +13,7 @@ import unittest
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import console, guestrun, images, quickstart
+from . import console, guestrun, images, moves, quickstart
 from . import kernel as debian
 from . import lab as labs
 from .common import ROOT, TARGET, Failure, call, main, need_tool, packages, replace_file, say
@@ -118,23 +118,41 @@ def _bare_elf(left):
     return built.stdout.strip()
 
 
+def _bare_launch(binary, elf, members, cpus, iterations):
+    return [str(binary), "launch", "--name", f"test-{os.getpid()}", "--kernel", elf, "--members", str(members),
+            "--cpus", str(cpus), "--memory", "128M", "--rng", "off",
+            "--cmdline", f"test={','.join(BARE_TESTS)} cpus={cpus} deadline=60 iterations={iterations} rounds=10"]
+
+
+def _bare_judge(result, what):
+    sys.stderr.write(result.text + result.stderr.decode(errors="replace"))
+    passed = [line.split()[1] for line in console.clean(result.text).splitlines() if re.match(r"BARE \S+ PASS", line)]
+    missing = [test for test in BARE_TESTS if test not in passed]
+    if result.code or missing:
+        raise Failure(f"bare-metal guest, {what}: exit code {result.code} {result.reason}; "
+                      f"no PASS of {', '.join(missing) or 'nothing'}")
+
+
 def _bare_run(left):
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         raise Skip("no /dev/kvm, or no permission to use it")
     elf = _bare_elf(left)
     binary = images.build_static("spanvm", "ssicheck", "labagent") / "spanvm"
+    deadline = time.monotonic() + left
     for members, cpus in BARE_GUESTS:
-        command = [str(binary), "launch", "--name", f"test-{os.getpid()}", "--kernel", elf, "--members", str(members),
-                   "--cpus", str(cpus), "--memory", "128M", "--rng", "off",
-                   "--cmdline", f"test={','.join(BARE_TESTS)} cpus={cpus} iterations=200 rounds=10"]
-        result = guestrun.Local(binary).sh("exec " + shlex.join(command), min(left, 180))
-        sys.stderr.write(result.text + result.stderr.decode(errors="replace"))
-        passed = [line.split()[1] for line in console.clean(result.text).splitlines() if re.match(r"BARE \S+ PASS", line)]
-        missing = [test for test in BARE_TESTS if test not in passed]
-        if result.code or missing:
-            raise Failure(f"bare-metal guest, {members} members: exit code {result.code} {result.reason}; "
-                          f"no PASS of {', '.join(missing) or 'nothing'}")
-    return f"{len(BARE_TESTS)} tests on each of {len(BARE_GUESTS)} guests over several members"
+        result = guestrun.Local(binary).sh("exec " + shlex.join(_bare_launch(binary, elf, members, cpus, 200)), min(left, 180))
+        _bare_judge(result, f"{members} members")
+    moved = []
+    for members, cpus in BARE_GUESTS:
+        command = _bare_launch(binary, elf, members, cpus, 1000)
+        result, downtimes = moves.while_running(binary, command, f"test-{os.getpid()}", members,
+                                                min(max(5, deadline - time.monotonic()), 180))
+        _bare_judge(result, f"{members} members, {len(downtimes)} moves of vCPUs")
+        moved += downtimes
+    if not moved:
+        raise Failure("no vCPU was moved while the bare-metal guests ran")
+    say(f"{len(moved)} moves of vCPUs, median downtime {sorted(moved)[len(moved) // 2]:.0f} us")
+    return f"{len(BARE_TESTS)} tests on each of {len(BARE_GUESTS)} guests over several members, {len(moved)} moves of vCPUs"
 
 
 def _lab(left):
@@ -177,7 +195,7 @@ STEPS = [
     Step("sim", "the page engine in simulated clusters, 10000 seeds", _sim),
     Step("seeded", "bugs put in on purpose: the model and the simulation must notice each", _seeded),
     Step("bare-build", "build the bare-metal guest", _bare_build),
-    Step("bare", "bare-metal guest with two members on /dev/kvm", _bare_run),
+    Step("bare", "bare-metal guests over several members on /dev/kvm, their vCPUs moving", _bare_run),
     Step("lab", "a virtual host, Linux guest with two CPUs in it, ssicheck", _lab),
     # Where page walks count as writes this takes longer than all other steps together; see docs/status.md.
     Step("cluster", "two virtual hosts, Linux guest over both, ssicheck", _cluster, by_name_only=True),

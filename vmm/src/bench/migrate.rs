@@ -10,7 +10,7 @@ use crate::member::travel::Departed;
 use crate::member::{BootImages, HostError, HostFacts, Member, MemberError, MemberPlan, PageTuning};
 use crate::topology::{MemberDesc, Topology};
 use dsm::addr::{Epoch, HomeRange, MemberId};
-use migration::vcpu::{StateError, VcpuState, msr_numbers};
+use migration::vcpu::{StateError, VcpuState, msr_numbers, present};
 use serde::Serialize;
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -261,6 +261,7 @@ fn get_and_set() -> Result<f64, BenchError> {
     for vcpu in [&a, &b] {
         vcpu.set_cpuid2(&cpuid).map_err(failed)?;
     }
+    let numbers = present(&a, &numbers)?;
     let mut times = Vec::new();
     for _ in 0..TIMES {
         let start = Instant::now();

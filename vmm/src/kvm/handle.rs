@@ -170,14 +170,14 @@ impl VcpuHandle {
     }
 
     /// The vCPU comes to live here, with all that was delivered to it elsewhere; its thread does the rest. `placed` is
-    /// called in the same step. False if there is no thread, or it is here already.
-    pub fn arrive(&self, image: Box<VcpuImage>, placed: impl FnOnce()) -> bool {
+    /// called in the same step. Gives the image back if there is no thread, or the vCPU is here already.
+    pub fn arrive(&self, image: Box<VcpuImage>, placed: impl FnOnce()) -> Option<Box<VcpuImage>> {
         if !self.has_thread() {
-            return false;
+            return Some(image);
         }
         let mut apic = self.apic();
         if self.is_here() {
-            return false;
+            return Some(image);
         }
         *apic = image.inbox.apic.clone();
         self.startup.store(image.inbox.startup, Ordering::SeqCst);
@@ -187,7 +187,7 @@ impl VcpuHandle {
         self.here.store(true, Ordering::SeqCst);
         drop(apic);
         self.ring(mail::ORDER);
-        true
+        None
     }
 
     pub(super) fn take_arrival(&self) -> Option<Box<VcpuImage>> {

@@ -8,7 +8,6 @@ use crate::time::tsc::{GuestClock, VcpuClock, needs_scaling};
 use kvm_bindings::{Msrs, kvm_debugregs, kvm_msr_entry, kvm_regs, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 use std::fmt::Write;
-use std::sync::Arc;
 
 /// A vCPU as its own thread has it.
 #[derive(Debug)]
@@ -20,7 +19,7 @@ pub struct Vcpu {
     /// Registers after reset.
     reset: (kvm_regs, kvm_sregs),
     /// Numbers of the MSRs that belong to its state.
-    msrs: Arc<[u32]>,
+    msrs: Vec<u32>,
 }
 
 // SAFETY: `run` points into the mapping that `fd` owns and moves with it; nothing in a Vcpu is tied to a thread.
@@ -45,15 +44,11 @@ impl Vcpu {
         sregs.apic_base = apic_base;
         fd.set_sregs(&sregs).map_err(failed("set special registers"))?;
         let regs = fd.get_regs().map_err(failed("get registers"))?;
+        let msrs = migration::vcpu::present(&fd, &vm.msrs())
+            .map_err(|e| KvmError::Ioctl { what: "read MSRs", source: std::io::Error::other(e) })?;
         let run = RunPage::of(&mut fd);
-        let mut vcpu = Vcpu {
-            fd,
-            run,
-            clock: VcpuClock::new(clock.offset()),
-            id,
-            reset: (regs, sregs),
-            msrs: vm.msrs(),
-        };
+        let mut vcpu =
+            Vcpu { fd, run, clock: VcpuClock::new(clock.offset()), id, reset: (regs, sregs), msrs };
         for (index, value) in msr::AT_RESET {
             // Not every KVM has every one of them; what is missing the guest can't see either.
             if let Err(e) = vcpu.set_msr(index, value) {

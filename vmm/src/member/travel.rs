@@ -202,25 +202,20 @@ impl MemberMachine {
     /// A vCPU comes.
     pub(super) fn admit(&self, from: MemberId, bytes: &[u8]) {
         let image = match image::decode(bytes) {
-            Ok(image) => image,
+            Ok(image) => Box::new(image),
             Err(e) => return self.fabric.cut_off(from, &chain(&e)),
         };
         let ticket = image.ticket.clone();
-        let refused = match fault::at(self.me(), "arrive") {
-            Err(why) if ticket.returned.is_none() => Some(why),
-            _ => None,
-        };
         let Some(handle) = self.switchboard.handle(ticket.vcpu) else {
             return self.fabric.cut_off(from, "a vCPU that the VM does not have");
         };
         let placed = || self.switchboard.placement().set(ticket.vcpu, self.me(), ticket.epoch);
-        let why = match refused {
-            Some(why) => why,
-            None if handle.arrive(Box::new(image.clone()), placed) => {
-                self.rest.population(true);
-                return;
-            }
-            None => "the target did not expect it".to_string(),
+        let (image, why) = match fault::at(self.me(), "arrive") {
+            Err(why) if ticket.returned.is_none() => (image, why),
+            _ => match handle.arrive(image, placed) {
+                None => return self.rest.population(true),
+                Some(image) => (image, "the target did not expect it".to_string()),
+            },
         };
         if ticket.returned.is_some() {
             // It left from here, so there is a thread, and it is not here: this can't be.
