@@ -76,3 +76,35 @@ fn locked_increments_are_exact() {
         assert_eq!(sum, u64::from(n) * 2 * ROUNDS);
     }
 }
+
+#[test]
+fn the_pages_of_a_thread_come_along_to_where_it_goes() {
+    if !usable() {
+        return;
+    }
+    let members = group(2, &ranges(&[0], 64), |cfg| cfg.fault_log = 1000);
+    let [a, b] = [members[0].memory(), members[1].memory()];
+    // Far apart and in no order, so that nothing else brings them.
+    let pages: Vec<u64> = (0..10u64).map(|n| n * 37 % 64 * 4096).collect();
+    for (n, gpa) in (1..).zip(&pages) {
+        b.u64_at(*gpa).unwrap().store(n, SeqCst);
+    }
+    let thread = members[1].take_fault_log().last().unwrap().thread;
+    let recent = members[1].handle().recent(thread);
+    let newest: Vec<u64> = pages.iter().rev().copied().collect();
+    assert_eq!(recent.iter().map(|(gpa, _)| *gpa).collect::<Vec<_>>(), newest);
+    assert!(recent.iter().all(|(_, write)| *write) && members[1].handle().recent(1).is_empty());
+
+    members[0].handle().want(&recent);
+    members[0].handle().want(&[(1 << 40, true)]);
+    let since = std::time::Instant::now();
+    while members[0].snapshot().pages_modified < 10 {
+        assert!(since.elapsed().as_secs() < 10, "{:?}", members[0].snapshot());
+        thread::sleep(std::time::Duration::from_millis(5));
+    }
+    let before = members[0].snapshot().faults.remote();
+    for (n, gpa) in (1..).zip(&pages) {
+        assert_eq!(a.u64_at(*gpa).unwrap().load(SeqCst), n);
+    }
+    assert_eq!(members[0].snapshot().faults.remote(), before, "they were there already");
+}

@@ -13,9 +13,10 @@ const TIME_MSRS: [u32; 3] = [0x10, 0x3B, 0x6E0];
 /// IA32_APIC_BASE travels in the special registers.
 const APIC_BASE_MSR: u32 = 0x1B;
 
-/// KVM's own MSRs, which our guests can't see: kvmclock (old numbers) and everything at 4B564D00H.
+/// MSRs of KVM itself, which our guests can't see: kvmclock (old numbers), everything at 4B564D00H, and what KVM has for
+/// guests that know Hyper-V.
 fn is_paravirtual(msr: u32) -> bool {
-    matches!(msr, 0x11 | 0x12 | 0x4B56_4D00..=0x4B56_4DFF)
+    matches!(msr, 0x11 | 0x12 | 0x4000_0000..=0x4000_FFFF | 0x4B56_4D00..=0x4B56_4DFF)
 }
 
 /// An ioctl failed.
@@ -105,7 +106,10 @@ impl VcpuState {
     pub fn restore(&self, fd: &VcpuFd) -> Result<(), StateError> {
         fd.set_sregs(&self.sregs).map_err(failed("special registers"))?;
         fd.set_regs(&self.regs).map_err(failed("registers"))?;
-        fd.set_xcrs(&self.xcrs).map_err(failed("XCR0"))?;
+        // A host without XSAVE has none, and refuses even that.
+        if self.xcrs.nr_xcrs > 0 {
+            fd.set_xcrs(&self.xcrs).map_err(failed("XCR0"))?;
+        }
         let mut xsave = kvm_xsave::default();
         xsave.region.iter_mut().zip(&self.xsave).for_each(|(to, from)| *to = *from);
         // SAFETY: a plain kvm_xsave is what KVM_SET_XSAVE reads as long as no dynamic XSAVE feature (AMX) is enabled

@@ -93,7 +93,7 @@ fn between_two_members() {
     moves_while(
         &[0, 1],
         "counter,ipi,ipimodes,pages,private,tsc",
-        "iterations=3000 rounds=40",
+        "iterations=1000 rounds=20",
         Duration::from_millis(10),
     );
 }
@@ -120,12 +120,12 @@ fn in_xapic_mode() {
     moves_while(
         &[0, 1],
         "ipi,ipimodes,timer",
-        "apic=xapic iterations=2000 rounds=20 count=100",
+        "apic=xapic iterations=700 rounds=10 count=100",
         Duration::from_millis(10),
     );
 }
 
 #[test]
 fn the_memory_model_holds() {
-    moves_while(&[0, 1], "litmus", "iterations=3000", Duration::from_millis(10));
+    moves_while(&[0, 1], "litmus", "iterations=1000", Duration::from_millis(10));
 }

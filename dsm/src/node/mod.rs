@@ -5,6 +5,7 @@
 //! - [`receive threads`](threads): one per peer. Reads frames, asks the core, fills pages and wakes their waiters itself.
 //! - [`gang`]: contended pages that are used together come back together.
 //! - [`evict`]: what goes when there is more here than the member may keep.
+//! - [`recent`]: on which pages each thread waited last.
 //! - [`resume`]: a connection that broke is made again, and nothing is lost.
 //! - [`keeper`]: one thread for everything that waits: hold times, full sockets, heartbeats and deadlines.
 //! - [`engine`]: which cores are asked, in which order; [`shard`]: carries out what a core commands. Both run in the
@@ -19,6 +20,7 @@ mod failure;
 mod gang;
 mod keeper;
 mod pace;
+mod recent;
 mod resume;
 mod save;
 pub(crate) mod shard;
@@ -238,6 +240,19 @@ impl DsmHandle {
     /// See [`Dsm::shutdown`].
     pub fn shutdown(&self) {
         self.shell.shutdown();
+    }
+
+    /// The pages on which a thread of this member (by its kernel id) waited last for another member, the newest first, and
+    /// whether it wrote. At most a few dozen.
+    pub fn recent(&self, thread: u32) -> Vec<(u64, bool)> {
+        self.shell.recent(thread)
+    }
+
+    /// Pages that a thread is about to use here, and whether it will write: those that are not here are asked for, without
+    /// waiting. Their homes may decline; then the thread asks again when it needs them. Addresses outside of the memory
+    /// are passed over.
+    pub fn want(&self, pages: &[(u64, bool)]) {
+        self.shell.want(pages);
     }
 
     /// Says that a thread of this member is about to wait for something that another member does: for a few transfer

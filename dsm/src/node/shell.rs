@@ -5,13 +5,14 @@ use super::engine::Engine;
 use super::failure::{Cause, DsmFailure, Lost};
 use super::keeper::Keeper;
 use super::pace::Pace;
+use super::recent::Recent;
 use super::save::PageSource;
 use super::shard::Env;
 use super::{DsmError, PAGE};
 use crate::addr::{Epoch, MAX_MEMBERS, MemberId, PAGE_SIZE};
 use crate::layout::{Layout, Page};
 use crate::protocol::pages::{BLOCK, Share};
-use crate::protocol::{CoreConfig, MemberSet, Msg};
+use crate::protocol::{CoreConfig, Event, MemberSet, Msg};
 use crate::region::{Fault, Kernel, Region, RegionError};
 use crate::stats::{DsmSnapshot, FaultLog, FaultRecord, PeerTraffic};
 use crate::transport::frame::Header;
@@ -49,6 +50,7 @@ pub(super) struct Shell {
     state: AtomicU8,
     report: Mutex<Report>,
     log: Option<Mutex<FaultLog>>,
+    recent: Mutex<Recent>,
     pub(super) image: OnceLock<Arc<dyn PageSource>>,
     /// Nothing is brought in ahead while a cut is being made.
     pub(super) is_held: Mutex<bool>,
@@ -179,6 +181,7 @@ impl Shell {
             state: AtomicU8::new(RUNNING),
             report: Mutex::default(),
             log: (cfg.fault_log > 0).then(|| Mutex::new(FaultLog::new(cfg.fault_log))),
+            recent: Mutex::default(),
             image: OnceLock::new(),
             is_held: Mutex::new(false),
             start: Instant::now(),
@@ -233,9 +236,29 @@ impl Shell {
         let Fault { page, write, thread } = fault;
         let now = self.now();
         let remote = self.engine.fault(self, now, page, write);
+        if remote {
+            lock(&self.recent).note(thread, page, write);
+        }
         if let Some(log) = &self.log {
             let gpa = self.layout.gpa_of(page);
             lock(log).push(FaultRecord { at_ns: now, gpa, write, remote, thread });
+        }
+    }
+
+    /// See [`super::DsmHandle::recent`].
+    pub(super) fn recent(&self, thread: u32) -> Vec<(u64, bool)> {
+        let pages = lock(&self.recent).of(thread);
+        pages.into_iter().map(|(page, write)| (self.layout.gpa_of(page), write)).collect()
+    }
+
+    /// See [`super::DsmHandle::want`].
+    pub(super) fn want(&self, pages: &[(u64, bool)]) {
+        let now = self.now();
+        for (gpa, write) in pages {
+            if let Some(page) = self.layout.page_at(*gpa) {
+                let hint = Event::Hint { page, write: *write, insist: false };
+                self.engine.one(self, now, page, hint);
+            }
         }
     }
 

@@ -262,6 +262,11 @@ impl VcpuHandle {
         self.desk.take()
     }
 
+    /// Kernel id of its thread; 0 while there is none.
+    pub fn thread(&self) -> u32 {
+        u32::try_from(self.tid.load(Ordering::SeqCst)).unwrap_or(0)
+    }
+
     /// Sends it out of the guest (or out of a wait) with no message.
     pub fn kick(&self) {
         let tid = self.tid.load(Ordering::SeqCst);

@@ -41,6 +41,8 @@ pub struct Body {
     pub tsc: u64,
     /// The members' common clock when it last was in the guest.
     pub left: u64,
+    /// The pages on which it waited last, by address, and whether it wrote: its working set, as far as that shows it.
+    pub pages: Vec<(u64, bool)>,
 }
 
 /// What others put there for it.

@@ -143,6 +143,10 @@ impl Machine for MemberMachine {
         self.rest.population(more);
     }
 
+    fn recent_pages(&self, vcpu: &VcpuHandle) -> Vec<(u64, bool)> {
+        self.rest.recent_pages(vcpu.thread())
+    }
+
     fn refuses_arrival(&self) -> Option<String> {
         fault::at(self.me(), "restore").err()
     }

@@ -36,6 +36,18 @@ impl Rest {
         }
     }
 
+    /// The pages on which a thread waited last, and whether it wrote.
+    pub fn recent_pages(&self, thread: u32) -> Vec<(u64, bool)> {
+        self.dsm.as_ref().map(|dsm| dsm.recent(thread)).unwrap_or_default()
+    }
+
+    /// A vCPU that comes will use these pages.
+    pub fn want(&self, pages: &[(u64, bool)]) {
+        if let Some(dsm) = &self.dsm {
+            dsm.want(pages);
+        }
+    }
+
     /// One vCPU begins or ends to rest.
     pub fn change(&self, rests: bool) {
         self.update(|count| {

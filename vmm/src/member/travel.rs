@@ -32,6 +32,8 @@ use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+/// Pages that are asked for when a vCPU comes.
+const MOST_PAGES: usize = 64;
 /// Longest wait for a thread that has begun to send a vCPU to say that it has.
 const SENDING: Duration = Duration::from_secs(2);
 
@@ -212,10 +214,17 @@ impl MemberMachine {
         let placed = || self.switchboard.placement().set(ticket.vcpu, self.me(), ticket.epoch);
         let (image, why) = match fault::at(self.me(), "arrive") {
             Err(why) if ticket.returned.is_none() => (image, why),
-            _ => match handle.arrive(image, placed) {
-                None => return self.rest.population(true),
-                Some(image) => (image, "the target did not expect it".to_string()),
-            },
+            _ => {
+                let mut pages = image.body.pages.clone();
+                pages.truncate(MOST_PAGES);
+                match handle.arrive(image, placed) {
+                    None => {
+                        self.rest.population(true);
+                        return self.rest.want(&pages);
+                    }
+                    Some(image) => (image, "the target did not expect it".to_string()),
+                }
+            }
         };
         if ticket.returned.is_some() {
             // It left from here, so there is a thread, and it is not here: this can't be.

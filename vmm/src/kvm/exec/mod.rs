@@ -69,6 +69,10 @@ pub trait Machine: Send + Sync {
     fn confirm(&self, _ticket: &Ticket) {}
     /// One vCPU more (`true`) or fewer lives here.
     fn population(&self, _more: bool) {}
+    /// The pages on which the vCPU waited last, by address, and whether it wrote.
+    fn recent_pages(&self, _vcpu: &VcpuHandle) -> Vec<(u64, bool)> {
+        Vec::new()
+    }
     /// For tests: a reason not to set up a vCPU that came.
     fn refuses_arrival(&self) -> Option<String> {
         None

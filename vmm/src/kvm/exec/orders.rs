@@ -109,6 +109,7 @@ impl<M: Machine> Runner<M> {
             nmi: self.nmi,
             tsc: self.now(),
             left: self.left_at.wrapping_add(self.clock.common_offset()),
+            pages: self.machine.recent_pages(&self.handle),
         })
     }
 
