@@ -59,7 +59,7 @@ pub struct FanoutReport {
     pub all: Cost,
     /// p50 of `all` over p50 of `one`.
     pub over_one: f64,
-    /// Messages that the writer waits for one after the other: those that came back per sharer and write.
+    /// Invalidations to each sharer per write. They leave together, so this is the number of rounds.
     pub rounds: f64,
     /// p50 of `all` over the floor: the write-protect fault and the round trips to all.
     pub ratio: f64,
@@ -103,12 +103,14 @@ pub fn run(
         return Err(BenchError::Options("1 to 63 sharers, at least 10 pages and one run are needed"));
     }
     let len = u64::from(opts.pages) * PAGE_SIZE;
-    let memory = [HomeRange { start: 0, len, home: MemberId(0) }];
+    let runs_len = len.saturating_mul(u64::from(opts.runs));
+    let memory = [HomeRange { start: 0, len: runs_len, home: MemberId(0) }];
     let mut group = Group::start(opts.sharers + 1, true, &memory, Tuning::default(), launcher)?;
     let mut streams = bounces(&mut group)?;
     let mut runs = Vec::new();
     for n in 0..opts.runs {
-        runs.push(measure(opts, &mut group, &mut streams)?);
+        // Pages of its own for every run: those of the one before count as contended.
+        runs.push(measure(opts, &mut group, &mut streams, u64::from(n) * len)?);
         progress(n + 1, opts.runs);
     }
     Ok(report(opts, &runs))
@@ -128,15 +130,20 @@ fn bounces(group: &mut Group) -> Result<Vec<TcpStream>, BenchError> {
     Ok(streams)
 }
 
-fn measure(opts: FanoutOptions, group: &mut Group, streams: &mut [TcpStream]) -> Result<Run, BenchError> {
+fn measure(
+    opts: FanoutOptions,
+    group: &mut Group,
+    streams: &mut [TcpStream],
+    gpa: u64,
+) -> Result<Run, BenchError> {
     let len = u64::from(opts.pages) * PAGE_SIZE;
     let count = usize::try_from(opts.pages).unwrap_or(usize::MAX);
     let (_, mut wp) = local_faults(opts.pages)?;
     let mut rtt_all = fan_out(streams, count)?;
     let mut rtt_one = fan_out(streams.get_mut(..1).unwrap_or(&mut []), count)?;
-    let mut one = write_shared(group, 1, len)?;
+    let mut one = write_shared(group, 1, gpa, len)?;
     let before = own_snapshot(group)?;
-    let mut all = write_shared(group, usize::from(opts.sharers), len)?;
+    let mut all = write_shared(group, usize::from(opts.sharers), gpa, len)?;
     let after = own_snapshot(group)?;
     // The floor again, so that a disturbance at one moment does not make it look high or low.
     rtt_all.extend(fan_out(streams, count)?);
@@ -149,9 +156,8 @@ fn measure(opts: FanoutOptions, group: &mut Group, streams: &mut [TcpStream]) ->
     };
     let costs = [&mut one, &mut all].map(|s| Cost { p50_us: percentile(s, 50), p99_us: percentile(s, 99) });
     let writes = float(u64::from(opts.pages) * u64::from(opts.sharers));
-    // What the sharers sent meanwhile: a request to read each page, and what the writer then waited for.
-    let came = float(after.messages_received - before.messages_received) / writes - 1.0;
-    Ok(Run { floor, costs, rounds: came })
+    let rounds = float(after.invalidations_sent - before.invalidations_sent) / writes;
+    Ok(Run { floor, costs, rounds })
 }
 
 fn own_snapshot(group: &Group) -> Result<DsmSnapshot, BenchError> {
@@ -160,13 +166,13 @@ fn own_snapshot(group: &Group) -> Result<DsmSnapshot, BenchError> {
 }
 
 /// This process writes every page, `sharers` others read it, and this process writes it again: how long that takes.
-fn write_shared(group: &mut Group, sharers: usize, len: u64) -> Result<Samples, BenchError> {
-    touch(group, len, true);
-    let order = Order::Work(Work::Sum { gpa: 0, pages: len / PAGE_SIZE });
+fn write_shared(group: &mut Group, sharers: usize, gpa: u64, len: u64) -> Result<Samples, BenchError> {
+    touch(group, gpa, len, true);
+    let order = Order::Work(Work::Sum { gpa, pages: len / PAGE_SIZE });
     for peer in group.peers.iter_mut().take(sharers) {
         peer.ask(&order, PATIENCE)?;
     }
-    Ok(touch(group, len, true))
+    Ok(touch(group, gpa, len, true))
 }
 
 fn report(opts: FanoutOptions, runs: &[Run]) -> FanoutReport {

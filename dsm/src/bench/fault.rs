@@ -154,10 +154,10 @@ pub fn run(
             group.all(|_| Work::Fill { gpa: 0, pages, value }, PATIENCE)
         };
         give(&mut group, u64::from(n) * 2 + 1)?;
-        let mut read = touch(&group, 2 * half, false);
-        let mut upgrade = touch(&group, 2 * half, true);
+        let mut read = touch(&group, 0, 2 * half, false);
+        let mut upgrade = touch(&group, 0, 2 * half, true);
         give(&mut group, u64::from(n) * 2 + 2)?;
-        let mut write = touch(&group, 2 * half, true);
+        let mut write = touch(&group, 0, 2 * half, true);
         // The floor again, so that a disturbance at one moment does not make it look high or low.
         rtt.extend(round_trips(&mut stream, count)?);
         let (again, wp_again) = local_faults(opts.pages)?;
@@ -179,12 +179,13 @@ pub fn run(
     Ok(report(&runs))
 }
 
-/// Times one access to the first word of every page.
-pub(super) fn touch(group: &Group, bytes: u64, write: bool) -> Samples {
+/// Times one access to the first word of every page, here and there: neighbours would come along.
+pub(super) fn touch(group: &Group, first: u64, bytes: u64, write: bool) -> Samples {
     let Some(own) = &group.own else { return Vec::new() };
     let memory = own.memory();
     let mut samples = Vec::new();
-    for gpa in (0..bytes).step_by(4096) {
+    for page in super::scattered(bytes / PAGE_SIZE) {
+        let gpa = first + page * PAGE_SIZE;
         let Some(word) = memory.u64_at(gpa) else { continue };
         let start = Instant::now();
         if write {

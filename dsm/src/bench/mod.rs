@@ -85,6 +85,16 @@ pub enum BenchError {
     Options(&'static str),
 }
 
+/// All numbers below `n`, each once, no two neighbours in a row (of more than a few).
+pub(crate) fn scattered(n: u64) -> impl Iterator<Item = u64> {
+    fn gcd(a: u64, b: u64) -> u64 {
+        if b == 0 { a } else { gcd(b, a % b) }
+    }
+    // A step that has no divisor in common with their number goes through all of them.
+    let step = (n * 618 / 1000..n.max(1)).find(|s| gcd(*s, n) == 1).unwrap_or(1);
+    (0..n).map(move |k| k * step % n)
+}
+
 /// Nanoseconds below 2^53 and counts far below it are exact in an f64.
 #[allow(clippy::cast_precision_loss)]
 pub(crate) fn float(n: u64) -> f64 {

@@ -6,7 +6,7 @@ const WIDTH: usize = 900;
 const HEIGHT: usize = 540;
 const LEFT: usize = 90;
 const RIGHT: usize = 20;
-const TOP: usize = 40;
+const TOP: usize = 64;
 const BOTTOM: usize = 60;
 /// Pixels of a picture element of a letter, and of a letter with the space behind it.
 const DOT: usize = 2;
@@ -185,7 +185,7 @@ impl Chart {
         }
         canvas.line((left, y_of(0.0)), (left, y_of(most_y)), BLACK);
         canvas.text(LEFT, 8, &self.title, BLACK);
-        canvas.text(8, TOP - 16, &self.y, BLACK);
+        canvas.text(8, TOP - 30, &self.y, BLACK);
         canvas.text(WIDTH / 2 - self.x.len() * ADVANCE / 2, HEIGHT - 24, &self.x, BLACK);
         for (n, (line, colour)) in self.lines.iter().zip(COLOURS.into_iter().cycle()).enumerate() {
             for pair in line.points.windows(2) {
@@ -196,7 +196,10 @@ impl Chart {
             for (x, y) in &line.points {
                 canvas.block(pixel(x_of(*x)).saturating_sub(2), pixel(y_of(*y)).saturating_sub(2), 6, colour);
             }
-            let at = (WIDTH - RIGHT - 20 * ADVANCE, TOP + 10 + n * 20);
+            let at = (
+                WIDTH - RIGHT - 20 * ADVANCE,
+                HEIGHT - BOTTOM - 20 * (self.lines.len().min(15) + 1 - n.min(15)),
+            );
             canvas.block(at.0 - 18, at.1 + 1, 11, colour);
             canvas.text(at.0, at.1, &line.name, BLACK);
         }

@@ -135,12 +135,11 @@ fn measure(opts: StreamOptions, launcher: Launcher<'_>) -> Result<Run, BenchErro
     let took = start.elapsed().as_secs_f64();
     let faults = own.snapshot().faults.remote() - before;
 
-    // Every page of the rest at most once: a step that has no divisor in common with their number goes through all.
     let pages = random_len / PAGE_SIZE;
-    let step = (pages * 618 / 1000..).find(|s| gcd(*s, pages) == 1).unwrap_or(1);
     let count = u64::from(opts.random).min(pages);
     let start = Instant::now();
-    read(own, (0..count).map(|n| len + (n * step % pages) * PAGE_SIZE))?;
+    let some = super::scattered(pages).take(usize::try_from(count).unwrap_or(0));
+    read(own, some.map(|page| len + page * PAGE_SIZE))?;
     let random = start.elapsed().as_secs_f64();
     Ok(Run {
         floor,
@@ -148,10 +147,6 @@ fn measure(opts: StreamOptions, launcher: Launcher<'_>) -> Result<Run, BenchErro
         faults: float(faults) * 1000.0 / float(len / PAGE_SIZE),
         random_us: random * 1e6 / float(count),
     })
-}
-
-fn gcd(a: u64, b: u64) -> u64 {
-    if b == 0 { a } else { gcd(b, a % b) }
 }
 
 /// Reads a word of each page and sees that it is what the peer wrote.

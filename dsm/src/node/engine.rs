@@ -75,6 +75,7 @@ impl Engine {
     /// A thread waits for a page. Says whether another member is asked for it.
     pub(crate) fn fault(&self, env: &impl Env, now: u64, page: Page, write: bool) -> bool {
         let mut shard = self.shard(page);
+        let is_on_its_way = shard.core.cache().is_pending(page);
         let mut after = process(&mut shard, env, now, Event::Fault { page, write });
         let is_remote = shard.core.cache().is_pending(page);
         let is_contended = shard.core.cache().is_contended(page);
@@ -83,8 +84,9 @@ impl Engine {
             let companions = lock(&self.gang).call(page);
             self.ask_ahead(env, companions, now, &mut after);
         } else if is_remote {
-            let window = lock(&self.streams).fault(page);
-            for next in env.layout().following(page).take(usize::try_from(window.pages).unwrap_or(0)) {
+            let window = lock(&self.streams).fault(page, is_on_its_way);
+            let [pages, skip] = [window.pages, window.skip].map(|n| usize::try_from(n).unwrap_or(0));
+            for next in env.layout().following(page).take(pages).skip(skip) {
                 let hint = Event::Hint { page: next, write, insist: window.is_steady };
                 after.add(process(&mut self.shard(next), env, now, hint));
             }
