@@ -77,15 +77,11 @@ fn twice_the_budget_of_each() {
             snapshot.peak_bytes,
             snapshot.evictions
         );
-        assert!(
-            snapshot.evictions > 0 && snapshot.resident_bytes <= budget * PAGE * 105 / 100,
-            "{snapshot:?}"
-        );
-        assert!(
-            used <= budget * PAGE * 105 / 100,
-            "{used} bytes more than at the start, budget {}",
-            budget * PAGE
-        );
+        // All that the process has beside pages (buffers of connections, tables) fits into a fixed megabyte, which would be
+        // nothing beside a budget of gigabytes.
+        let most = budget * PAGE * 105 / 100;
+        assert!(snapshot.evictions > 0 && snapshot.peak_bytes <= most, "{snapshot:?}");
+        assert!(used <= most + (1 << 20), "{used} bytes more than at the start, budget {}", budget * PAGE);
         assert_eq!(snapshot.replaced, 0);
     }
 }

@@ -145,6 +145,7 @@ fn round_up(n: f64) -> f64 {
 
 fn number(n: f64) -> String {
     match n {
+        n if n >= 1e9 => format!("{:.1}G", n / 1e9),
         n if n >= 1e6 => format!("{:.1}M", n / 1e6),
         n if n >= 1e4 => format!("{:.0}K", n / 1e3),
         n => format!("{n:.0}"),
@@ -168,7 +169,7 @@ impl Chart {
             let y = most_y * float(n) / 4.0;
             canvas.line((left, y_of(y)), (right, y_of(y)), if n == 0 { BLACK } else { GREY });
             let text = number(y);
-            canvas.text(LEFT - 8 - text.len() * ADVANCE, pixel(y_of(y)) - 7, &text, BLACK);
+            canvas.text((LEFT - 8).saturating_sub(text.len() * ADVANCE), pixel(y_of(y)) - 7, &text, BLACK);
         }
         let mut ticks: Vec<f64> = points().map(|p| p.0).collect();
         ticks.sort_unstable_by(f64::total_cmp);

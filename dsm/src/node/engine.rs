@@ -85,7 +85,8 @@ impl Engine {
             self.ask_ahead(env, companions, now, &mut after);
         } else if is_remote {
             let window = lock(&self.streams).fault(page, is_on_its_way);
-            let [pages, skip] = [window.pages, window.skip].map(|n| usize::try_from(n).unwrap_or(0));
+            let [pages, skip] =
+                [window.pages.min(self.budget.room()), window.skip].map(|n| usize::try_from(n).unwrap_or(0));
             for next in env.layout().following(page).take(pages).skip(skip) {
                 let hint = Event::Hint { page: next, write, insist: window.is_steady };
                 after.add(process(&mut self.shard(next), env, now, hint));

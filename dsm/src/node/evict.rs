@@ -65,6 +65,13 @@ impl Budget {
         self.asked.load(Ordering::Relaxed)
     }
 
+    /// Pages that may come beyond those that a thread waits for: half of what is free, and no more than a small part of the
+    /// budget, as every page on its way takes buffers, too.
+    pub(super) fn room(&self) -> u32 {
+        let free = self.most.map_or(u64::MAX, |most| most.saturating_sub(self.here()).min(most / 128));
+        u32::try_from(free / 2).unwrap_or(u32::MAX)
+    }
+
     /// Pages that should go, not counting those on their way out. A sixty-fourth of the budget is kept free, for what
     /// comes meanwhile.
     pub(super) fn excess(&self) -> u64 {
