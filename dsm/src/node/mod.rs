@@ -249,8 +249,8 @@ impl DsmHandle {
     }
 
     /// Pages that a thread is about to use here, and whether it will write: those that are not here are asked for, without
-    /// waiting. Their homes may decline; then the thread asks again when it needs them. Addresses outside of the memory
-    /// are passed over.
+    /// waiting, except contended ones. Homes may decline reads; then the thread asks again when it needs them. Addresses
+    /// outside of the memory are passed over.
     pub fn want(&self, pages: &[(u64, bool)]) {
         self.shell.want(pages);
     }

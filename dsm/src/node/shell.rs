@@ -256,7 +256,8 @@ impl Shell {
         let now = self.now();
         for (gpa, write) in pages {
             if let Some(page) = self.layout.page_at(*gpa) {
-                let hint = Event::Hint { page, write: *write, insist: false };
+                // Homes decline hints to write to pages that somebody has.
+                let hint = Event::Hint { page, write: *write, insist: *write };
                 self.engine.one(self, now, page, hint);
             }
         }
