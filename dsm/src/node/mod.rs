@@ -141,11 +141,10 @@ impl Dsm {
         self.shell.release();
     }
 
-    /// Saves what this member has to save of the memory. All members must be quiet ([`Dsm::quiesce`]) and stay so. If it
-    /// fails, the next one must be full.
+    /// See [`DsmHandle::save`].
     ///
     /// # Errors
-    /// What the sink said, a page that can't be had, or a memory that has failed.
+    /// As there.
     pub fn save(&self, options: SaveOptions, sink: &mut dyn PageSink) -> Result<Saved, SaveError> {
         self.shell.save(options, sink)
     }
@@ -253,6 +252,23 @@ impl DsmHandle {
     /// outside of the memory are passed over.
     pub fn want(&self, pages: &[(u64, bool)]) {
         self.shell.want(pages);
+    }
+
+    /// Saves what this member has to save of the memory. All members must be quiet ([`Dsm::quiesce`]) and stay so. If it
+    /// fails, the next one must be full.
+    ///
+    /// # Errors
+    /// What the sink said, a page that can't be had, or a memory that has failed.
+    pub fn save(&self, options: SaveOptions, sink: &mut dyn PageSink) -> Result<Saved, SaveError> {
+        self.shell.save(options, sink)
+    }
+
+    /// See [`Dsm::quiesce`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn quiesce(&self, limit: Duration) -> Result<(), SaveError> {
+        self.shell.quiesce(limit)
     }
 
     /// Says that a thread of this member is about to wait for something that another member does: for a few transfer

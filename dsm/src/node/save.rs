@@ -200,6 +200,8 @@ impl Shell {
             _ => runs.push((page, 1)),
         };
         let mut shard = self.engine.shard(*first);
+        // From here on it can't be made inaccessible before the lock is let go.
+        self.running()?;
         for page in block {
             saved.touched += u64::from(shard.core.is_touched(*page));
             let (changed, in_image) = match shard.core.duty(*page) {

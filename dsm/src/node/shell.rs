@@ -435,6 +435,8 @@ impl Shell {
             }
         }
         self.keeper.stop();
+        // Who copies pages out looks, with a shard's lock held, whether the memory still runs.
+        self.engine.shards().for_each(drop);
         self.region.close();
     }
 

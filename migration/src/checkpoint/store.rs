@@ -85,6 +85,26 @@ pub fn newest(path: &Path) -> Result<PathBuf, CheckpointError> {
     Ok(path.join(newest))
 }
 
+/// Number of checkpoints that the newest one consists of, itself included.
+///
+/// # Errors
+/// There is none, or one is damaged.
+pub fn chain_length(root: &Path) -> Result<usize, CheckpointError> {
+    chain(root).map(|names| names.len())
+}
+
+/// Folders of the newest checkpoint and of those that it builds on.
+fn chain(root: &Path) -> Result<Vec<String>, CheckpointError> {
+    let mut needed = Vec::new();
+    let mut next = newest(root)?.file_name().map(|n| n.to_string_lossy().into_owned());
+    while let Some(name) = next.filter(|n| !needed.contains(n)) {
+        let manifest: Manifest<IgnoredAny> = manifest::read(&root.join(&name).join(MANIFEST))?;
+        next = manifest.parent.map(|p| p.folder);
+        needed.push(name);
+    }
+    Ok(needed)
+}
+
 fn number(name: &str) -> Option<u32> {
     (name.len() == 8 && name.bytes().all(|b| b.is_ascii_digit())).then(|| name.parse().ok())?
 }
@@ -143,7 +163,7 @@ impl Store {
     ///
     /// # Errors
     /// The file system says no.
-    pub fn begin(&self) -> Result<Draft<'_>, CheckpointError> {
+    pub fn begin(self: &Arc<Self>) -> Result<Draft, CheckpointError> {
         let last = complete(&self.root)?.last().and_then(|name| number(name)).unwrap_or(0);
         let next =
             last.checked_add(1).filter(|n| *n < 100_000_000).ok_or_else(|| CheckpointError::Pages {
@@ -155,7 +175,7 @@ impl Store {
         self.step(Step::MakeDraft, "make the folder", &path)?;
         let made = fs::DirBuilder::new().mode(0o700).create(&path);
         made.map_err(CheckpointError::io("make the folder", &path))?;
-        Ok(Draft { store: self, name, path, is_done: false })
+        Ok(Draft { store: self.clone(), name, path, is_done: false })
     }
 
     /// Removes all checkpoints that the newest does not need. Returns their names.
@@ -163,13 +183,7 @@ impl Store {
     /// # Errors
     /// The newest can't be read, or the file system says no.
     pub fn prune(&self) -> Result<Vec<String>, CheckpointError> {
-        let mut needed = Vec::new();
-        let mut next = newest(&self.root)?.file_name().map(|n| n.to_string_lossy().into_owned());
-        while let Some(name) = next.filter(|n| !needed.contains(n)) {
-            let manifest: Manifest<IgnoredAny> = manifest::read(&self.root.join(&name).join(MANIFEST))?;
-            next = manifest.parent.map(|p| p.folder);
-            needed.push(name);
-        }
+        let needed = chain(&self.root)?;
         let old: Vec<_> = complete(&self.root)?.into_iter().filter(|n| !needed.contains(n)).collect();
         for name in &old {
             let (from, to) = (self.root.join(name), self.root.join(format!(".old-{name}")));
@@ -185,7 +199,9 @@ impl Store {
     ///
     /// # Errors
     /// A damaged chain, or the file system says no.
-    pub fn consolidate<M: Serialize + DeserializeOwned>(&self) -> Result<PathBuf, CheckpointError> {
+    pub fn consolidate<M: Serialize + DeserializeOwned>(
+        self: &Arc<Self>,
+    ) -> Result<PathBuf, CheckpointError> {
         let folder = newest(&self.root)?;
         let (mut manifest, image) = Image::open::<M>(&folder)?;
         if manifest.parent.is_none() {
@@ -202,14 +218,14 @@ impl Store {
 
 /// A checkpoint that is being written. Dropped before [`Draft::finish`] it leaves nothing.
 #[derive(Debug)]
-pub struct Draft<'a> {
-    store: &'a Store,
+pub struct Draft {
+    store: Arc<Store>,
     name: String,
     path: PathBuf,
     is_done: bool,
 }
 
-impl Draft<'_> {
+impl Draft {
     /// Name that the checkpoint's folder will have.
     pub fn name(&self) -> &str {
         &self.name
@@ -233,7 +249,7 @@ impl Draft<'_> {
     /// # Errors
     /// The file system says no, or a page file has not the length that the manifest gives; then nothing has changed.
     pub fn finish<M: Serialize>(mut self, manifest: &Manifest<M>) -> Result<PathBuf, CheckpointError> {
-        let store = self.store;
+        let store = self.store.clone();
         for part in &manifest.parts {
             let path = self.path.join(&part.file);
             store.step(Step::SyncPart, "sync", &path)?;
@@ -270,7 +286,7 @@ impl Draft<'_> {
     }
 }
 
-impl Drop for Draft<'_> {
+impl Drop for Draft {
     fn drop(&mut self) {
         if !self.is_done {
             // What stays is removed by the next writer.

@@ -26,7 +26,7 @@ fn page(fill: u8) -> [u8; PAGE] {
 
 /// Writes a checkpoint whose pages (0 = zero) are dealt out to `parts` files.
 fn save(
-    store: &Store,
+    store: &Arc<Store>,
     pages: &Model,
     parent: Option<Parent>,
     parts: u32,
@@ -102,7 +102,7 @@ proptest! {
         ),
     ) {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).unwrap();
+        let store = Store::open(dir.path()).map(Arc::new).unwrap();
         let mut model = Model::new();
         let mut last: Option<PathBuf> = None;
         for (changes, full, parts, consolidate) in steps {
@@ -127,7 +127,8 @@ proptest! {
 #[test]
 fn zero_and_untouched_pages_cost_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let folder = save(&Store::open(dir.path()).unwrap(), &some_pages(), None, 1).unwrap();
+    let folder =
+        save(&Arc::new(Store::open(dir.path()).unwrap()), &some_pages(), None, 1).map(Arc::new).unwrap();
     let length = fs::metadata(folder.join("pages-0")).unwrap().len();
     assert!(length < (HEADER + 7 * PAGE + 300) as u64, "{length}");
 }
@@ -136,7 +137,7 @@ fn zero_and_untouched_pages_cost_nothing() {
 fn no_changed_byte_goes_unnoticed() {
     let dir = tempfile::tempdir().unwrap();
     let pages = [(gpa_of(3), 1), (gpa_of(4), 2)].into();
-    let folder = save(&Store::open(dir.path()).unwrap(), &pages, None, 1).unwrap();
+    let folder = save(&Arc::new(Store::open(dir.path()).unwrap()), &pages, None, 1).map(Arc::new).unwrap();
     let good = load(&folder).unwrap();
     for file in ["pages-0", MANIFEST] {
         let path = folder.join(file);
@@ -172,7 +173,7 @@ fn rewrite(folder: &Path, change: impl FnOnce(&mut Manifest<Vec<String>>)) {
 
 /// A store with a full and an incremental checkpoint; returns the latter's folder.
 fn chain(root: &Path) -> PathBuf {
-    let store = Store::open(root).unwrap();
+    let store = Store::open(root).map(Arc::new).unwrap();
     let base = save(&store, &some_pages(), None, 2).unwrap();
     save(&store, &[(gpa_of(1), 0), (gpa_of(2), 9)].into(), Some(parent_of(&base)), 2).unwrap()
 }
@@ -267,10 +268,10 @@ fn one_writer_at_a_time_and_no_checkpoint_at_all() {
     let dir = tempfile::tempdir().unwrap();
     assert!(matches!(newest(dir.path()), Err(CheckpointError::Empty { .. })));
     assert!(matches!(newest(&dir.path().join("none")), Err(CheckpointError::Missing { .. })));
-    let first = Store::open(dir.path()).unwrap();
+    let first = Store::open(dir.path()).map(Arc::new).unwrap();
     assert!(matches!(Store::open(dir.path()), Err(CheckpointError::Busy { .. })));
     drop(first);
-    Store::open(dir.path()).unwrap();
+    Store::open(dir.path()).map(Arc::new).unwrap();
 }
 
 /// A probe that fails at call number `nth`, and counts calls.
@@ -288,7 +289,7 @@ fn failing(nth: usize, errno: i32) -> (Probe, Arc<AtomicUsize>) {
 
 /// A new full checkpoint over an old chain, then what is not needed any more goes.
 fn replace(root: &Path, probe: Probe, pages: &Model) -> Result<(), CheckpointError> {
-    let store = Store::open_with(root, probe)?;
+    let store = Arc::new(Store::open_with(root, probe)?);
     save(&store, pages, None, 2)?;
     store.prune()?;
     Ok(())
@@ -330,14 +331,14 @@ fn whichever_step_fails_the_newest_whole_checkpoint_is_the_old_or_the_new_one() 
 fn a_killed_writer_leaves_the_old_checkpoint() {
     let dir = tempfile::tempdir().unwrap();
     let old = load(&chain(dir.path())).unwrap();
-    let store = Store::open(dir.path()).unwrap();
+    let store = Store::open(dir.path()).map(Arc::new).unwrap();
     let draft = store.begin().unwrap();
     let mut sink = draft.part(0).unwrap();
     sink.append(b"half a header").unwrap();
     std::mem::forget(draft);
     drop(store);
     assert_eq!(load(&newest(dir.path()).unwrap()).unwrap(), old);
-    let store = Store::open(dir.path()).unwrap();
+    let store = Store::open(dir.path()).map(Arc::new).unwrap();
     save(&store, &some_pages(), None, 1).unwrap();
     assert_eq!(load(&newest(dir.path()).unwrap()).unwrap(), some_pages());
 }
@@ -345,7 +346,7 @@ fn a_killed_writer_leaves_the_old_checkpoint() {
 #[test]
 fn a_file_that_was_not_written_to_its_end_makes_no_checkpoint() {
     let dir = tempfile::tempdir().unwrap();
-    let store = Store::open(dir.path()).unwrap();
+    let store = Store::open(dir.path()).map(Arc::new).unwrap();
     let draft = store.begin().unwrap();
     draft.part(0).unwrap().append(b"x").unwrap();
     let part =

@@ -7,7 +7,7 @@
 use crate::devices::DeviceSpec;
 use crate::kvm::vm::{KvmError, Vm};
 use crate::member::travel::Departed;
-use crate::member::{BootImages, HostError, HostFacts, Member, MemberError, MemberPlan, PageTuning};
+use crate::member::{BootImages, HostError, HostFacts, Member, MemberError, MemberPlan, Origin, PageTuning};
 use crate::topology::{MemberDesc, Topology};
 use dsm::addr::{Epoch, HomeRange, MemberId};
 use migration::vcpu::{StateError, VcpuState, msr_numbers, present};
@@ -173,6 +173,7 @@ fn start() -> Result<Vec<Member>, BenchError> {
                 devices: vec![DeviceSpec::Serial { member: MemberId(0), log: None }],
                 pages: PageTuning::default(),
                 deadline: LIMIT,
+                origin: Origin::Boot,
             };
             // Nobody listens to its events.
             std::thread::spawn(move || Member::join(plan, listener, channel().0))

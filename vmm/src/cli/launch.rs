@@ -130,41 +130,69 @@ pub async fn run(args: LaunchArgs) -> u8 {
         }
     };
     let manner = Manner { detach: args.detach, console: !args.no_console };
-    let (wish_tx, wishes) = mpsc::channel(16);
-    terminal::watch_signals(wish_tx.clone());
-    let mut screen = Screen {
-        name: spec.name.clone(),
-        quiet: args.quiet,
-        since: Instant::now(),
-        ran: None,
-        raw: None,
-        input: (manner.console && !manner.detach).then_some(wish_tx),
-        at_line_start: true,
-    };
-    let (name, local) = (spec.name.clone(), !spec.uses_nodes());
-    let launched = launcher::launch(spec, manner, &mut screen, wishes).await;
-    screen.leave();
-    match launched {
-        Launched::Detached => {
-            screen.say(&format!(
-                "runs; look at it with `spanvm info {name}`, end it with `spanvm stop {name}`"
-            ));
-            0
-        }
-        Launched::Ended(end) => {
-            if end.is_regular() {
-                let after = screen.ran.map_or(String::new(), |at| {
-                    format!(" after {}", output::duration(at.elapsed().as_secs_f64()))
-                });
-                screen.say(&format!("{end}{after}"));
-            } else {
-                output::error(&format!("{name}: {end}"));
-                let kept = crate::control::rundir::kept_log(&crate::control::rundir::root().join(&name));
-                if local && kept.exists() {
-                    screen.say(&format!("its log is {}", kept.display()));
-                }
+    let (mut session, wishes) = Session::new(&spec, manner, args.quiet);
+    let launched = launcher::launch(spec, manner, session.terminal(), wishes).await;
+    session.over(launched)
+}
+
+/// The user's view of a VM that is started here, from the first word to the exit code.
+pub(super) struct Session {
+    screen: Screen,
+    is_local: bool,
+}
+
+impl Session {
+    /// A session, and what the user wishes while it lasts.
+    pub(super) fn new(
+        spec: &VmSpec,
+        manner: Manner,
+        quiet: bool,
+    ) -> (Session, mpsc::Receiver<launcher::Wish>) {
+        let (wish_tx, wishes) = mpsc::channel(16);
+        terminal::watch_signals(wish_tx.clone());
+        let screen = Screen {
+            name: spec.name.clone(),
+            quiet,
+            since: Instant::now(),
+            ran: None,
+            raw: None,
+            input: (manner.console && !manner.detach).then_some(wish_tx),
+            at_line_start: true,
+        };
+        (Session { screen, is_local: !spec.uses_nodes() }, wishes)
+    }
+
+    pub(super) fn terminal(&mut self) -> &mut dyn Terminal {
+        &mut self.screen
+    }
+
+    /// Says how it went; returns the exit code.
+    pub(super) fn over(mut self, launched: Launched) -> u8 {
+        let screen = &mut self.screen;
+        let name = screen.name.clone();
+        screen.leave();
+        match launched {
+            Launched::Detached => {
+                screen.say(&format!(
+                    "runs; look at it with `spanvm info {name}`, end it with `spanvm stop {name}`"
+                ));
+                0
             }
-            end.exit_code()
+            Launched::Ended(end) => {
+                if end.is_regular() {
+                    let after = screen.ran.map_or(String::new(), |at| {
+                        format!(" after {}", output::duration(at.elapsed().as_secs_f64()))
+                    });
+                    screen.say(&format!("{end}{after}"));
+                } else {
+                    output::error(&format!("{name}: {end}"));
+                    let kept = crate::control::rundir::kept_log(&crate::control::rundir::root().join(&name));
+                    if self.is_local && kept.exists() {
+                        screen.say(&format!("its log is {}", kept.display()));
+                    }
+                }
+                end.exit_code()
+            }
         }
     }
 }

@@ -3,6 +3,7 @@
 //! [`terminal`] is the user's terminal.
 
 pub mod bench;
+pub mod checkpoint;
 pub mod doctor;
 pub mod launch;
 pub mod node;
@@ -41,6 +42,10 @@ pub enum Command {
     Resume(ops::PauseArgs),
     /// Move vCPUs between members.
     Vcpu(ops::VcpuArgs),
+    /// Save a VM to disk while it runs, or to end it.
+    Checkpoint(checkpoint::CheckpointArgs),
+    /// Bring a VM back from its newest checkpoint, on whatever members.
+    Restore(checkpoint::RestoreArgs),
     /// End a VM on all of its hosts.
     Stop(vms::StopArgs),
     /// Serve this host to launchers on other hosts.
@@ -75,6 +80,8 @@ pub fn run(cli: Cli) -> u8 {
             Command::Ps(args) => report(vms::ps(args).await),
             Command::Info(args) => report(vms::info(args).await),
             Command::Console(args) => report(vms::console(args).await),
+            Command::Checkpoint(args) => report(checkpoint::checkpoint(args).await),
+            Command::Restore(args) => report(checkpoint::restore(args).await),
             Command::Stop(args) => report(vms::stop(args).await),
             Command::Vcpu(args) => report(ops::vcpu(args).await),
             Command::Pause(args) => report(ops::pause(args).await),

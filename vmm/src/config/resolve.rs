@@ -52,6 +52,7 @@ pub fn resolve(keys: LaunchKeys) -> Result<VmSpec, ConfigError> {
         console: device("console", keys.console.unwrap_or(DeviceKey::On(false)), members.len())?,
         pages: PageTuning {
             hold_us: number("hold_us", keys.hold_us, 0, 1_000_000)?,
+            always: false,
             shards: number("shards", keys.shards, 1, 64)?.and_then(|n| u16::try_from(n).ok()),
         },
         secret_file: keys.secret_file,

@@ -9,12 +9,14 @@
 //! | `POST /vm/pause` | stops the guest's vCPUs, devices and clock; body `{"by": "who", "limit_s": 5}` |
 //! | `POST /vm/resume` | lets it go on; same body |
 //! | `POST /vm/vcpus/migrate` | moves vCPUs; body `{"vcpus": [1, 2], "to": 1, "limit_s": 5}`; answer [`super::ops::moves::MoveReport`] |
+//! | `POST /vm/checkpoint` | saves the VM; body [`CheckpointBody`] |
 //! | `POST /vm/stop` | ends the VM; body `{"by": "who", "force": false}` |
 //!
 //! Errors are `{"error": "..."}` with a fitting status. Who can open the socket can do all of it: the folder is
 //! readable by its owner only.
 
 use super::end::End;
+use super::ops::checkpoint::{self, CheckpointBody};
 use super::ops::{OpError, Turn, moves, pause};
 use super::shared::Shared;
 use axum::body::{Body, Bytes};
@@ -65,6 +67,7 @@ fn router(shared: Arc<Shared>) -> Router {
         .route("/vm/pause", post(pause_vm))
         .route("/vm/resume", post(resume_vm))
         .route("/vm/vcpus/migrate", post(migrate))
+        .route("/vm/checkpoint", post(checkpoint_vm))
         .route("/vm/stop", post(stop))
         .fallback(|| async { Refusal(StatusCode::NOT_FOUND, "no such resource".into()) })
         .layer(DefaultBodyLimit::max(MAX_INPUT))
@@ -187,6 +190,20 @@ async fn migrate(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Respo
     let limit = limit(body.limit_s)?;
     let turn = Turn::take(&shared, "a move of vCPUs")?;
     operate(async move { moves::migrate(&turn, &body.vcpus, body.to, limit).await }).await
+}
+
+async fn checkpoint_vm(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Response, Refusal> {
+    let body: CheckpointBody = parse(&body)?;
+    let turn = Turn::take(&shared, "a checkpoint")?;
+    operate(async move {
+        let report = checkpoint::checkpoint(&turn, &body).await?;
+        if body.stop {
+            let by = if body.by.is_empty() { "the API" } else { &body.by };
+            turn.shared().stop(End::Stopped { by: format!("{by}, after {}", report.folder.display()) });
+        }
+        Ok(report)
+    })
+    .await
 }
 
 async fn stop(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Response, Refusal> {

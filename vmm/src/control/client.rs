@@ -54,6 +54,16 @@ impl VmClient {
     /// # Errors
     /// No such VM, no answer, or an answer that says no.
     pub async fn request(&self, method: Method, path: &str, body: Bytes) -> Result<Response<Incoming>, End> {
+        self.request_within(method, path, body, ANSWER).await
+    }
+
+    async fn request_within(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+        limit: Duration,
+    ) -> Result<Response<Incoming>, End> {
         let exchange = async {
             match &self.place {
                 Place::Here(root) => self.send(self.local(root).await?, method, path, body).await,
@@ -64,8 +74,8 @@ impl VmClient {
                 }
             }
         };
-        tokio::time::timeout(ANSWER, exchange).await.unwrap_or_else(|_| {
-            Err(self.failed(format!("did not answer within {} s: is its process stopped?", ANSWER.as_secs())))
+        tokio::time::timeout(limit, exchange).await.unwrap_or_else(|_| {
+            Err(self.failed(format!("did not answer within {} s: is its process stopped?", limit.as_secs())))
         })
     }
 
@@ -99,6 +109,22 @@ impl VmClient {
     ) -> Result<T, End> {
         let body = serde_json::to_vec(body).map_err(|e| End::Failed(e.to_string()))?;
         let response = self.request(Method::POST, path, body.into()).await?;
+        let body = self.body(response).await?;
+        serde_json::from_slice(&body).map_err(|e| self.failed(format!("gave an answer that is none: {e}")))
+    }
+
+    /// As [`VmClient::call`], for what takes as long as it takes: up to `limit`.
+    ///
+    /// # Errors
+    /// As [`VmClient::request`].
+    pub async fn call_slow<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl serde::Serialize,
+        limit: Duration,
+    ) -> Result<T, End> {
+        let body = serde_json::to_vec(body).map_err(|e| End::Failed(e.to_string()))?;
+        let response = self.request_within(Method::POST, path, body.into(), limit).await?;
         let body = self.body(response).await?;
         serde_json::from_slice(&body).map_err(|e| self.failed(format!("gave an answer that is none: {e}")))
     }

@@ -40,13 +40,20 @@ pub struct Crew {
     next: AtomicU64,
     /// Tasks under way. Held for a look-up only.
     open: Mutex<HashMap<u64, oneshot::Sender<Answer>>>,
+    /// Where the pieces go that a task sends before its answer.
+    streams: Mutex<HashMap<u64, mpsc::Sender<Vec<u8>>>>,
 }
 
 impl Crew {
     /// A crew: number, host and the way to each member.
     pub fn new(seats: impl IntoIterator<Item = (MemberId, String, mpsc::Sender<ToMember>)>) -> Crew {
         let seats = seats.into_iter().map(|(id, host, orders)| Seat { id, host, orders });
-        Crew { seats: seats.collect(), next: AtomicU64::new(1), open: Mutex::default() }
+        Crew {
+            seats: seats.collect(),
+            next: AtomicU64::new(1),
+            open: Mutex::default(),
+            streams: Mutex::default(),
+        }
     }
 
     /// All members.
@@ -81,6 +88,16 @@ impl Crew {
         task: MemberTask,
         limit: Duration,
     ) -> Result<MemberReply, AskError> {
+        self.ask_as(member, task, limit, None).await
+    }
+
+    async fn ask_as(
+        &self,
+        member: MemberId,
+        task: MemberTask,
+        limit: Duration,
+        pieces: Option<mpsc::Sender<Vec<u8>>>,
+    ) -> Result<MemberReply, AskError> {
         let host = self.seats.iter().find(|s| s.id == member).map_or("?", |s| &s.host).to_string();
         let error = |reason: String| AskError { member, host, reason };
         let Some(seat) = self.seats.iter().find(|seat| seat.id == member) else {
@@ -89,6 +106,9 @@ impl Crew {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (tell, told) = oneshot::channel();
         self.open().insert(id, tell);
+        if let Some(pieces) = pieces {
+            self.streams().insert(id, pieces);
+        }
         let exchange = async {
             let gone = || "its connection is closed".to_string();
             seat.orders.send(ToMember::Task { id, task }).await.map_err(|_| gone())?;
@@ -96,9 +116,71 @@ impl Crew {
         };
         let answer = tokio::time::timeout(limit, exchange).await;
         self.open().remove(&id);
+        self.streams().remove(&id);
         match answer {
             Ok(answer) => answer.map_err(error),
             Err(_) => Err(error(format!("no answer within {:.1} s", limit.as_secs_f32()))),
+        }
+    }
+
+    fn streams(&self) -> MutexGuard<'_, HashMap<u64, mpsc::Sender<Vec<u8>>>> {
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A piece came. Waits while its receiver is busy; false when nobody wants it any more.
+    pub async fn piece(&self, id: u64, bytes: Vec<u8>) -> bool {
+        let Some(to) = self.streams().get(&id).cloned() else { return false };
+        let wanted = to.send(bytes).await.is_ok();
+        if !wanted {
+            self.streams().remove(&id);
+        }
+        wanted
+    }
+
+    /// Asks one member for something that comes in pieces. It counts as silent when no piece and no answer comes for
+    /// `stall`.
+    ///
+    /// # Errors
+    /// It said no, or nothing.
+    pub async fn ask_for_pieces(
+        &self,
+        member: MemberId,
+        task: MemberTask,
+        pieces: mpsc::Sender<Vec<u8>>,
+        stall: Duration,
+    ) -> Result<MemberReply, AskError> {
+        let (between, mut came) = mpsc::channel::<Vec<u8>>(1);
+        let ask = self.ask_as(member, task, Duration::from_secs(24 * 3600), Some(between));
+        let pump = async {
+            loop {
+                match tokio::time::timeout(stall, came.recv()).await {
+                    Ok(Some(piece)) => {
+                        if pieces.send(piece).await.is_err() {
+                            // The member is told by the next piece that is refused.
+                            came.close();
+                        }
+                    }
+                    Ok(None) => return true,
+                    Err(_) => return false,
+                }
+            }
+        };
+        tokio::pin!(ask, pump);
+        tokio::select! {
+            biased;
+            done = &mut pump => match done {
+                true => ask.await,
+                false => Err(AskError {
+                    member,
+                    host: self.seats.iter().find(|s| s.id == member).map_or("?", |s| &s.host).to_string(),
+                    reason: format!("nothing came for {:.0} s", stall.as_secs_f32()),
+                }),
+            },
+            answer = &mut ask => {
+                // What came before the answer is still on its way to the disk.
+                pump.await;
+                answer
+            }
         }
     }
 

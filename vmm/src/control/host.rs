@@ -4,6 +4,7 @@
 use crate::devices::ConsoleHandle;
 use crate::member::{
     BootImages, HostError, HostFacts, Member, MemberEvent, MemberPlan, MemberReply, MemberStats, MemberTask,
+    PagesSaved, SaveRequest,
 };
 use std::net::TcpListener;
 use std::sync::Arc;
@@ -50,6 +51,14 @@ pub trait Guest: Send + Sync + 'static {
     /// # Errors
     /// In words.
     fn task(&self, task: MemberTask) -> Result<MemberReply, String>;
+    /// See [`Member::save_pages`].
+    ///
+    /// # Errors
+    /// In words.
+    fn save(&self, request: SaveRequest, out: &mut dyn FnMut(Vec<u8>) -> bool) -> Result<PagesSaved, String> {
+        let _ = (request, out);
+        Err("this member can't be saved".into())
+    }
     /// See [`Member::console`].
     fn console(&self) -> Option<ConsoleHandle>;
 }
@@ -89,6 +98,9 @@ impl Guest for Member {
     }
     fn task(&self, task: MemberTask) -> Result<MemberReply, String> {
         Member::task(self, task)
+    }
+    fn save(&self, request: SaveRequest, out: &mut dyn FnMut(Vec<u8>) -> bool) -> Result<PagesSaved, String> {
+        self.save_pages(request, out)
     }
     fn console(&self) -> Option<ConsoleHandle> {
         Member::console(self)

@@ -6,6 +6,7 @@ use super::coordinator::link::Stream;
 use super::coordinator::{Processes, Spawner};
 use super::end::End;
 use super::node_client;
+use super::restore::RestoreOrder;
 use super::rundir;
 use super::secret::{self, Secret};
 use super::spawn::ChildProcess;
@@ -63,6 +64,27 @@ pub async fn launch(
 ) -> Launched {
     match begin(&spec, manner, terminal).await {
         Ok((stream, child)) => follow(stream, child, &spec, manner, terminal, wishes).await,
+        Err(end) => Launched::Ended(end),
+    }
+}
+
+/// Starts the VM of a checkpoint and follows it. Of `wish` count the name, the secret and the patience.
+pub async fn restore(
+    wish: VmSpec,
+    order: RestoreOrder,
+    manner: Manner,
+    terminal: &mut dyn Terminal,
+    wishes: mpsc::Receiver<Wish>,
+) -> Launched {
+    let begun = async {
+        let (mut stream, child) = coordinator(&wish).await?;
+        let console = manner.console && !manner.detach;
+        let message = ToCoordinator::Restore { wish: Box::new(wish.clone()), order, console };
+        codec::within(SEND, codec::send(&mut stream, &message)).await.map_err(|e| lost(&wish, &e))?;
+        Ok((stream, child))
+    };
+    match begun.await {
+        Ok((stream, child)) => follow(stream, child, &wish, manner, terminal, wishes).await,
         Err(end) => Launched::Ended(end),
     }
 }

@@ -11,10 +11,11 @@ use super::secret::Secret;
 use super::wire::{FromMember, Inherit, ToMember};
 use crate::config::files;
 use crate::config::spec::DiskSpec;
-use crate::member::{MemberEvent, MemberPlan};
+use crate::member::{MemberEvent, MemberPlan, MemberReply, MemberTask};
 use dsm::addr::MemberId;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -41,6 +42,8 @@ struct Task {
     out: mpsc::Sender<FromMember>,
     prepared: Option<Prepared>,
     joining: bool,
+    /// The last task whose pieces are not wanted any more; 0 for none.
+    cancelled: Arc<AtomicU64>,
 }
 
 /// Serves one coordinator until it says `Stop` or is gone. After it returns, the process should end: threads
@@ -70,7 +73,8 @@ where
     });
     let (event_tx, mut events) = mpsc::channel::<MemberEvent>(64);
     let (join_tx, mut joins) = mpsc::channel::<Result<Arc<dyn Guest>, String>>(1);
-    let mut task = Task { host, inherit, slot, out, prepared: None, joining: false };
+    let mut task =
+        Task { host, inherit, slot, out, prepared: None, joining: false, cancelled: Arc::default() };
     let mut silence = Duration::from_secs(60);
     loop {
         tokio::select! {
@@ -147,6 +151,24 @@ impl Task {
                     self.say(FromMember::Report { id, stats }).await;
                 }
             }
+            ToMember::Task { id, task: MemberTask::SavePages(request) } => {
+                let (guest, out) = (self.slot.get().cloned(), self.out.clone());
+                let cancelled = self.cancelled.clone();
+                tokio::task::spawn_blocking(move || {
+                    let mut send = |bytes| {
+                        cancelled.load(Ordering::SeqCst) != id
+                            && out.blocking_send(FromMember::Piece { id, bytes }).is_ok()
+                    };
+                    let result = match guest {
+                        Some(guest) => {
+                            guest.save(request, &mut send).map(|s| MemberReply::Saved(Box::new(s)))
+                        }
+                        None => Err("the member has not joined".into()),
+                    };
+                    let _ = out.blocking_send(FromMember::TaskDone { id, result });
+                });
+            }
+            ToMember::Cancel { id } => self.cancelled.store(id, Ordering::SeqCst),
             ToMember::Task { id, task } => {
                 let (guest, out) = (self.slot.get().cloned(), self.out.clone());
                 // Not here: it may take seconds, in which the coordinator wants to hear the counters.

@@ -22,6 +22,7 @@ pub mod member_task;
 pub mod node;
 pub mod node_client;
 pub mod ops;
+pub mod restore;
 pub mod rtt;
 pub mod rundir;
 pub mod secret;

@@ -30,6 +30,7 @@
 
 use super::codec::Json;
 use super::end::End;
+use super::restore::RestoreOrder;
 use super::view::VmSummary;
 use crate::config::VmSpec;
 use crate::config::spec::DiskSpec;
@@ -89,6 +90,15 @@ pub enum ToCoordinator {
         /// Send the console's output.
         console: bool,
     },
+    /// Start the VM of a checkpoint. Of the specification count the name, the secret and the patience.
+    Restore {
+        /// As above.
+        wish: Box<VmSpec>,
+        /// What is to be restored, and where.
+        order: RestoreOrder,
+        /// Send the console's output.
+        console: bool,
+    },
     /// The next piece of an image.
     Image(ImageKind, #[serde(with = "super::codec::blob")] Vec<u8>),
     /// Bytes typed at the console.
@@ -140,6 +150,11 @@ pub enum ToMember {
     },
     /// Connect to the others and set everything up. The plan's secret is empty: the member derives it.
     Join(Json<Box<MemberPlan>>),
+    /// The pieces of this task are not wanted any more.
+    Cancel {
+        /// The task.
+        id: u64,
+    },
     /// Let the guest run.
     Run,
     /// The coordinator is there; sent when it has nothing else to say.
@@ -189,6 +204,14 @@ pub enum FromMember {
         id: u64,
         /// Counters.
         stats: Json<Box<MemberStats>>,
+    },
+    /// A piece of what a task asks for; `TaskDone` follows.
+    Piece {
+        /// The task.
+        id: u64,
+        /// The bytes, in order.
+        #[serde(with = "super::codec::blob")]
+        bytes: Vec<u8>,
     },
     /// Answer to `Task`.
     TaskDone {

@@ -39,6 +39,19 @@ pub trait BusDevice: Send + Sync {
     fn is_posted(&self, _offset: u64) -> bool {
         false
     }
+
+    /// All of its state, while it is quiet; empty for a device that has none.
+    fn save(&self) -> String {
+        String::new()
+    }
+
+    /// Becomes what [`BusDevice::save`] said, before the guest runs; a worker is paused until the VM goes on.
+    ///
+    /// # Errors
+    /// Not a state of this device, in words.
+    fn restore(&self, state: &str) -> Result<(), String> {
+        if state.is_empty() { Ok(()) } else { Err("it has no state, and this is one".into()) }
+    }
 }
 
 /// Why the platform ends or restarts the VM.

@@ -163,6 +163,31 @@ impl Platform {
         self.virtio.iter().for_each(|t| t.resume());
     }
 
+    /// The state of each device of this member that has one: index of its window, state. While all are quiet.
+    pub fn save(&self) -> Vec<(usize, String)> {
+        let local = self.windows.iter().enumerate().filter(|(_, w)| w.member == self.me);
+        let saved = local.filter_map(|(n, w)| Some((n, self.bus(w.space).find(w.start, 1)?.0.save())));
+        saved.filter(|(_, state)| !state.is_empty()).collect()
+    }
+
+    /// Sets the devices of this member, among those of the whole VM, to what [`Platform::save`] said.
+    ///
+    /// # Errors
+    /// Not a state of the device, which is named.
+    pub fn restore(&self, states: &[(usize, String)]) -> Result<(), String> {
+        for (n, state) in states {
+            let Some(window) = self.windows.get(*n) else {
+                return Err(format!("the checkpoint has a device {n}, the VM has {}", self.windows.len()));
+            };
+            if window.member != self.me {
+                continue;
+            }
+            let (device, _) = self.bus(window.space).find(window.start, 1).ok_or("a device is missing")?;
+            device.restore(state).map_err(|e| format!("the state of {}: {e}", device.name()))?;
+        }
+        Ok(())
+    }
+
     /// Where an access of `len` bytes at `addr` goes.
     pub fn route(&self, space: Space, addr: u64, len: usize) -> Route<'_> {
         if let Some((device, offset)) = self.bus(space).find(addr, len) {

@@ -75,6 +75,16 @@ impl BusDevice for Rtc {
     fn is_posted(&self, offset: u64) -> bool {
         super::WindowKind::Rtc.is_posted(offset)
     }
+
+    fn save(&self) -> String {
+        self.index.load(Ordering::Relaxed).to_string()
+    }
+
+    fn restore(&self, state: &str) -> Result<(), String> {
+        let index: u8 = state.parse().map_err(|_| format!("{state:?} is no index of the RTC"))?;
+        self.index.store(index & 0x7F, Ordering::Relaxed);
+        Ok(())
+    }
 }
 
 #[cfg(test)]

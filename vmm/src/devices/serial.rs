@@ -207,6 +207,20 @@ impl BusDevice for Serial {
     fn is_posted(&self, offset: u64) -> bool {
         super::WindowKind::Serial.is_posted(offset)
     }
+
+    fn save(&self) -> String {
+        serde_json::to_string(&*self.lock()).unwrap_or_default()
+    }
+
+    fn restore(&self, state: &str) -> Result<(), String> {
+        let state: SerialState = serde_json::from_str(state).map_err(|e| e.to_string())?;
+        if state.input.len() > INPUT_BYTES {
+            return Err("it has more input than room for it".into());
+        }
+        // The line is the IOAPIC's to remember.
+        *self.lock() = state;
+        Ok(())
+    }
 }
 
 impl ConsoleInput for Serial {

@@ -17,6 +17,8 @@ pub enum Order {
     Resume,
     /// Leave for another member.
     Depart(Departure),
+    /// Say what you are; only while parked.
+    Capture(Sender<super::still::Captured>),
 }
 
 /// A vCPU is to leave.

@@ -311,6 +311,15 @@ impl VcpuHandle {
         self.mailbox.swap(0, Ordering::SeqCst)
     }
 
+    /// Mail that its thread has not looked at, and the vector of the last start-up IPI.
+    pub(super) fn pending(&self) -> (u32, u32) {
+        (self.mailbox.load(Ordering::SeqCst), self.startup_vector())
+    }
+
+    pub(super) fn set_startup(&self, vector: u32) {
+        self.startup.store(vector, Ordering::SeqCst);
+    }
+
     pub(super) fn startup_vector(&self) -> u32 {
         self.startup.load(Ordering::SeqCst)
     }

@@ -13,6 +13,7 @@ pub mod image;
 pub mod msr;
 mod run_page;
 mod signal;
+pub mod still;
 mod sys;
 pub mod vcpu;
 pub mod vm;

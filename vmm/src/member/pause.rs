@@ -147,6 +147,7 @@ impl Member {
                 self.resume(stopped).map_err(|e| words(&e))?;
                 Ok(MemberReply::Done)
             }
+            task => self.checkpoint_task(task),
         }
     }
 }

@@ -14,6 +14,22 @@ pub struct PageTuning {
     pub hold_us: Option<u64>,
     /// Number of userfaultfds, each with its thread, that guest memory is spread over.
     pub shards: Option<u16>,
+    /// Run the page engine in a VM of one member, too: its checkpoints can then be incremental.
+    #[serde(default)]
+    pub always: bool,
+}
+
+/// Where the guest comes from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Origin {
+    /// A kernel is loaded.
+    #[default]
+    Boot,
+    /// A checkpoint, in which the guest's TSC stood at this value; `None` where it can't be set.
+    Checkpoint {
+        /// Guest ticks.
+        tsc: Option<u64>,
+    },
 }
 
 /// One member's orders.
@@ -36,6 +52,9 @@ pub struct MemberPlan {
     pub devices: Vec<DeviceSpec>,
     /// Page engine knobs.
     pub pages: PageTuning,
+    /// Where the guest comes from.
+    #[serde(default)]
+    pub origin: Origin,
     /// Longest wait for any one answer of a peer, at start and while running.
     pub deadline: Duration,
 }

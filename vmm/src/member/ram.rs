@@ -1,9 +1,9 @@
 //! The guest's memory on this member: shared page by page with the others, or, in a VM of one member, plain.
 
-use super::plan::MemberPlan;
+use super::plan::{MemberPlan, Origin};
 use super::runtime::MemberError;
 use dsm::addr::MemberId;
-use dsm::node::{Dsm, DsmConfig, DsmError};
+use dsm::node::{Dsm, DsmConfig, DsmError, PageSink, Saved};
 use dsm::stats::DsmSnapshot;
 use std::net::TcpStream;
 use std::time::Duration;
@@ -37,7 +37,8 @@ impl GuestRam {
         deadline: Duration,
         links: Vec<(MemberId, TcpStream)>,
     ) -> Result<GuestRam, MemberError> {
-        if plan.topology.members.len() == 1 {
+        let engine = plan.pages.always || plan.origin != Origin::Boot;
+        if plan.topology.members.len() == 1 && !engine {
             GuestRam::plain(plan)
         } else {
             GuestRam::shared(plan, deadline, links)
@@ -117,6 +118,32 @@ impl GuestRam {
                 .map_err(|e| MemberError::Memory(format!("{gpa:#x}: {e}"))),
             Some(Err(e)) => Err(e.into()),
         }
+    }
+
+    /// Saves plain memory, in full, while nobody uses it.
+    ///
+    /// # Errors
+    /// Those of the sink.
+    pub fn save_plain(&self, sink: &mut dyn PageSink) -> std::io::Result<Saved> {
+        const PAGE: usize = 4096;
+        let mut saved = Saved::default();
+        let mut buffer = vec![0; 64 * PAGE];
+        for (gpa, len, _) in &self.slots {
+            let mut at = 0;
+            while at < *len {
+                let size = usize::try_from(len - at).unwrap_or(usize::MAX).min(buffer.len());
+                let bytes = buffer.get_mut(..size).unwrap_or_default();
+                self.mmap.read_slice(bytes, GuestAddress(gpa + at)).map_err(std::io::Error::other)?;
+                for (n, page) in (0u64..).zip(bytes.chunks_exact(PAGE)) {
+                    if page.iter().any(|b| *b != 0) {
+                        sink.data(gpa + at + n * PAGE as u64, page)?;
+                        saved.data += 1;
+                    }
+                }
+                at += size as u64;
+            }
+        }
+        Ok(saved)
     }
 
     /// Counters.

@@ -8,7 +8,7 @@
 use super::event::MemberEvent;
 use super::machine::MemberMachine;
 use super::placement::Placement;
-use super::plan::{BootImages, MemberPlan};
+use super::plan::{BootImages, MemberPlan, Origin};
 use super::ram::GuestRam;
 use super::rest::Rest;
 use super::stats::MemberStats;
@@ -23,6 +23,7 @@ use crate::interrupts::lapic::LocalApic;
 use crate::kvm::cpuid::Cores;
 use crate::kvm::exec::Runner;
 use crate::kvm::handle::VcpuHandle;
+use crate::kvm::still::VcpuStill;
 use crate::kvm::vcpu::Vcpu;
 use crate::kvm::vm::{KvmError, Vm};
 use crate::time::discipline::{Discipline, SAME_FREQUENCY_PPM};
@@ -72,6 +73,9 @@ pub enum MemberError {
     /// The images can't be booted.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// A vCPU of a checkpoint can't be set up.
+    #[error(transparent)]
+    Vcpu(#[from] migration::vcpu::StateError),
     /// The coordinator's clock is not known.
     #[error("member 0 did not answer enough clock samples within {0:?}")]
     Clock(Duration),
@@ -111,6 +115,10 @@ struct Parts {
     vm: Option<Vm>,
     loaded: bool,
     running: bool,
+    /// vCPUs of a checkpoint, until they run.
+    still: Vec<VcpuStill>,
+    /// Runs of pages that are in the checkpoint's image.
+    adopted: Vec<(u64, u32)>,
 }
 
 /// A member. Dropping it stops its vCPUs and joins its threads.
@@ -203,8 +211,10 @@ impl Member {
             machine: Some(machine.clone()),
             ram: Some(ram),
             vm: None,
-            loaded: plan.me != MemberId(0),
+            loaded: plan.me != MemberId(0) && plan.origin == Origin::Boot,
             running: false,
+            still: Vec::new(),
+            adopted: Vec::new(),
         };
         let forward = happenings.clone();
         let forwarder = spawn("platform-events").spawn(move || {
@@ -340,7 +350,7 @@ impl Member {
     pub fn run(&self) -> Result<(), MemberError> {
         let mut parts = self.parts();
         if !parts.loaded {
-            return Err(MemberError::Order("no kernel is loaded"));
+            return Err(MemberError::Order("no kernel and no checkpoint is loaded"));
         }
         if std::mem::replace(&mut parts.running, true) {
             return Err(MemberError::Order("the member runs already"));
@@ -353,9 +363,15 @@ impl Member {
         }
         for vcpu in std::mem::take(&mut parts.waiting) {
             let Some(handle) = self.switchboard.handle(vcpu.id()) else { continue };
-            let runner = Runner::new(vcpu, handle.clone(), self.clock.clone(), machine.clone());
+            let still = parts.still.iter().find(|still| still.id == vcpu.id());
+            let (clock, machine) = (self.clock.clone(), machine.clone());
+            let runner = match still {
+                Some(still) => Runner::restored(vcpu, handle.clone(), clock, machine, still)?,
+                None => Runner::new(vcpu, handle.clone(), clock, machine),
+            };
             parts.vcpu_threads.push(self.spawn_vcpu(handle, runner)?);
         }
+        parts.still.clear();
         // Whoever started the member may have gone.
         let _ = self.events.send(MemberEvent::Running);
         Ok(())
@@ -418,6 +434,41 @@ impl Member {
     pub(super) fn running_machine(&self) -> Option<Arc<MemberMachine>> {
         let parts = self.parts();
         parts.machine.clone().filter(|_| parts.running)
+    }
+
+    pub(super) fn with_ram<T>(&self, work: impl FnOnce(&GuestRam) -> T) -> Result<T, String> {
+        self.parts().ram.as_ref().map(work).ok_or_else(|| "the member has been stopped".into())
+    }
+
+    pub(super) fn note_adopted(&self, runs: Vec<(u64, u32)>) {
+        self.parts().adopted.extend(runs);
+    }
+
+    pub(super) fn take_adopted(&self) -> Vec<(u64, u32)> {
+        std::mem::take(&mut self.parts().adopted)
+    }
+
+    /// Before the guest runs.
+    pub(super) fn restore_with(
+        &self,
+        work: impl FnOnce(&MemberMachine) -> Result<(), String>,
+    ) -> Result<(), String> {
+        let parts = self.parts();
+        match &parts.machine {
+            Some(machine) if !parts.running => work(machine),
+            _ => Err("the guest runs already, or the member has been stopped".into()),
+        }
+    }
+
+    /// The vCPUs of this member as they were.
+    pub(super) fn keep_vcpus(&self, still: Vec<VcpuStill>) -> Result<(), MemberError> {
+        let mut parts = self.parts();
+        if let Some(missing) = parts.waiting.iter().find(|v| !still.iter().any(|s| s.id == v.id())) {
+            return Err(MemberError::Plan(format!("the checkpoint has no vCPU {}", missing.id())));
+        }
+        parts.still = still;
+        parts.loaded = true;
+        Ok(())
     }
 
     pub(super) fn switchboard(&self) -> &Switchboard {
@@ -569,7 +620,11 @@ fn guest_clock(plan: &MemberPlan, vm: &Vm) -> Result<GuestClock, MemberError> {
         TscScale::IDENTITY
     };
     let clock = GuestClock::new(scale, plan.tsc_khz, 0);
-    clock.set_common_offset(clock.scaled_now().wrapping_neg());
+    let start = match plan.origin {
+        Origin::Checkpoint { tsc: Some(tsc) } => tsc,
+        _ => 0,
+    };
+    clock.set_common_offset(start.wrapping_sub(clock.scaled_now()));
     Ok(clock)
 }
 

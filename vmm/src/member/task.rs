@@ -1,8 +1,10 @@
 //! What the coordinator asks of a running member. Each task is answered, in bounded time.
 
+use super::saved::{MemberState, PagesSaved, SaveRequest};
 use super::travel::Departed;
 use dsm::addr::MemberId;
 use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// A task of a running member.
@@ -38,6 +40,34 @@ pub enum MemberTask {
     Traffic,
     /// What is the members' common clock? Answer: `Clock`.
     Clock,
+    /// See [`super::Member::quiet_memory`]. Answer: `Done`.
+    QuietMemory {
+        /// Longest time it may take.
+        limit: Duration,
+    },
+    /// See [`super::Member::release_memory`]. Answer: `Done`.
+    ReleaseMemory,
+    /// See [`super::Member::state`]. Answer: `Captured`.
+    Capture,
+    /// See [`super::Member::save_pages`]: pieces of a page file come before the answer. Answer: `Saved`.
+    SavePages(SaveRequest),
+    /// See [`super::Member::open_image`]. Answer: `Done`.
+    OpenImage {
+        /// Folder of the checkpoint.
+        folder: PathBuf,
+    },
+    /// See [`super::Member::adopt`]. Answer: `Done`.
+    Adopt {
+        /// Address and number of pages.
+        runs: Vec<(u64, u32)>,
+    },
+    /// See [`super::Member::restore`]. Answer: `Done`.
+    Restore {
+        /// What to become.
+        state: Box<MemberState>,
+    },
+    /// See [`super::Member::prefetch`]. Answer: `Done`.
+    Prefetch,
     /// See [`super::Member::resume`]. Answer: `Done`.
     Resume {
         /// Ticks for which the VM has been paused in all, since its start.
@@ -59,6 +89,10 @@ pub enum MemberReply {
     Departed(Vec<(u32, Departed)>),
     /// vCPU, and nanoseconds for which the guest did not have it when it came here.
     Downtimes(Vec<(u32, u64)>),
+    /// What is not memory.
+    Captured(Box<MemberState>),
+    /// How saving went.
+    Saved(Box<PagesSaved>),
     /// Messages that can change the guest.
     Traffic {
         /// Sent to peers so far.

@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 use vmm::devices::DeviceSpec;
-use vmm::member::{BootImages, HostFacts, Member, MemberEvent, MemberPlan, MemberStats, PageTuning};
+use vmm::member::{BootImages, HostFacts, Member, MemberEvent, MemberPlan, MemberStats, Origin, PageTuning};
 use vmm::topology::{MemberDesc, Topology};
 
 /// The bare-metal guest's ELF; building it takes a few seconds the first time.
@@ -47,6 +47,7 @@ fn plan(facts: &HostFacts, me: u16, topology: &Topology) -> MemberPlan {
         tsc_khz: facts.tsc_khz,
         devices: vec![DeviceSpec::Serial { member: MemberId(0), log: None }],
         pages: PageTuning::default(),
+        origin: Origin::default(),
         deadline: Duration::from_secs(20),
     }
 }

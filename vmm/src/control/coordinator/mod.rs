@@ -14,6 +14,7 @@ use super::codec::{self, CodecError};
 use super::end::End;
 use super::host::Host;
 use super::member_task::{STOP_DEADLINE, Slot};
+use super::restore::{self, Opened, RestoreOrder};
 use super::rundir::RunDir;
 use super::shared::Shared;
 use super::spawn::ChildProcess;
@@ -120,7 +121,8 @@ pub async fn run(stream: Box<dyn Stream>, inherit: Inherit, around: Surroundings
     });
     let launcher = Launcher(out);
     let end = match receive(&mut read).await {
-        Ok(request) => launched(request, read, inherit, around, &launcher).await,
+        Ok(Ok(request)) => launched(request, read, inherit, around, &launcher).await,
+        Ok(Err(end)) => end,
         Err(e) => End::Failed(format!("the launch request did not arrive: {e}")),
     };
     launcher.say(FromCoordinator::Ended(end.clone())).await;
@@ -131,16 +133,26 @@ pub async fn run(stream: Box<dyn Stream>, inherit: Inherit, around: Surroundings
 
 struct Request {
     spec: VmSpec,
-    images: BootImages,
+    source: Source,
     console: bool,
 }
 
+/// Where the guest comes from.
+enum Source {
+    Boot(BootImages),
+    Checkpoint(Box<Opened>),
+}
+
 /// Receives a launch request with its images.
-async fn receive(read: &mut (impl tokio::io::AsyncRead + Unpin)) -> Result<Request, CodecError> {
+async fn receive(read: &mut (impl tokio::io::AsyncRead + Unpin)) -> Result<Result<Request, End>, CodecError> {
     let malformed = |what: &str| CodecError::Malformed(what.to_string());
     let first = codec::within(LAUNCH_PIECE, codec::recv(read)).await?;
-    let ToCoordinator::Launch { spec, kernel_len, initrd_len, console } = first else {
-        return Err(malformed("no launch request"));
+    let (spec, kernel_len, initrd_len, console) = match first {
+        ToCoordinator::Launch { spec, kernel_len, initrd_len, console } => {
+            (spec, kernel_len, initrd_len, console)
+        }
+        ToCoordinator::Restore { wish, order, console } => return Ok(restore(&wish, &order, console).await),
+        _ => return Err(malformed("no launch request")),
     };
     let length = |len: u64| match usize::try_from(len) {
         Ok(len) if len as u64 <= files::MAX_IMAGE => Ok(len),
@@ -163,7 +175,16 @@ async fn receive(read: &mut (impl tokio::io::AsyncRead + Unpin)) -> Result<Reque
     }
     let images =
         BootImages { kernel, initrd: initrd_len.is_some().then_some(initrd), cmdline: spec.cmdline.clone() };
-    Ok(Request { spec: *spec, images, console })
+    Ok(Ok(Request { spec: *spec, source: Source::Boot(images), console }))
+}
+
+/// Opens the checkpoint, and makes the VM of it that is wished for.
+async fn restore(wish: &VmSpec, order: &RestoreOrder, console: bool) -> Result<Request, End> {
+    let dir = order.dir.clone();
+    let opened = tokio::task::spawn_blocking(move || restore::open(&dir)).await;
+    let opened = opened.map_err(|e| End::Failed(format!("internal error: {e}")))??;
+    let spec = restore::respecify(&opened.manifest.machine.spec, wish, &order.hosts)?;
+    Ok(Request { spec, source: Source::Checkpoint(Box::new(opened)), console })
 }
 
 async fn launched(
@@ -173,7 +194,7 @@ async fn launched(
     around: Surroundings,
     launcher: &Launcher,
 ) -> End {
-    let Request { spec, images, console } = request;
+    let Request { spec, source, console } = request;
     if crate::config::resolve::check_name(&spec.name).is_err() || spec.members.is_empty() {
         return End::BadInput("the launch request names no VM or no member".into());
     }
@@ -217,7 +238,7 @@ async fn launched(
     let ending = Arc::new(AtomicBool::new(false));
     let pump = console.then(|| pump_console(slot, launcher.0.clone(), ending.clone()));
     let end = tokio::select! {
-        end = coordinator.live(images) => end,
+        end = coordinator.live(source) => end,
         Some(end) = stops.recv() => end,
     };
     tracing::info!("ending: {end}");
@@ -236,8 +257,8 @@ async fn launched(
 
 impl Coordinator {
     /// From nothing to the end of the guest.
-    async fn live(&mut self, images: BootImages) -> End {
-        match self.start(images).await {
+    async fn live(&mut self, source: Source) -> End {
+        match self.start(source).await {
             Ok(()) => self.watch().await,
             Err(end) => end,
         }

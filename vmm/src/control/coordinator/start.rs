@@ -2,24 +2,31 @@
 //! who did not answer.
 
 use super::link::{Link, Stream};
-use super::{Coordinator, watch};
+use super::{Coordinator, Source, watch};
 use crate::config::plan;
 use crate::config::spec::DiskSpec;
 use crate::control::codec::{self, Json};
 use crate::control::crew::Crew;
 use crate::control::end::End;
+use crate::control::ops::checkpoint::Blueprint;
+use crate::control::ops::{OpError, Turn, pause};
+use crate::control::restore::{self, Identity, Machine, Opened};
 use crate::control::rtt;
 use crate::control::secret::Secret;
 use crate::control::spawn::ChildProcess;
 use crate::control::wire::{FromCoordinator, FromMember, Inherit, NodeRequest, Role, ToMember};
 use crate::control::{fit, member_task, node_client};
 use crate::devices::DeviceSpec;
-use crate::member::{BootImages, HostFacts, MemberPlan};
+use crate::member::{BootImages, HostFacts, MemberPlan, MemberTask, Origin};
 use crate::topology::Topology;
 use dsm::addr::MemberId;
+use migration::checkpoint::Range;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 use tokio::time::timeout;
+
+/// Runs of pages that one message names.
+const RUNS: usize = 100_000;
 
 /// What `Ready` says.
 struct Ready {
@@ -31,7 +38,7 @@ struct Ready {
 
 impl Coordinator {
     /// Brings the VM up until the guest runs.
-    pub(super) async fn start(&mut self, images: BootImages) -> Result<(), End> {
+    pub(super) async fn start(&mut self, source: Source) -> Result<(), End> {
         let limit = self.spec.start_timeout;
         let bind = self.connect_all().await?;
         let nonce = rand::random();
@@ -51,7 +58,13 @@ impl Coordinator {
                 other => Err(other),
             })
             .await?;
-        let common = self.compare(&ready).await?;
+        let mut common = self.compare(&ready).await?;
+        if let Source::Checkpoint(opened) = &source {
+            let machine = &opened.manifest.machine;
+            let hosts: Vec<_> = self.links.iter().map(|link| link.host.clone()).collect();
+            restore::check_cpu(machine, &common, &hosts.join(", "))?;
+            (common.cpuid, common.tsc_khz) = (machine.cpuid.clone(), machine.tsc_khz);
+        }
         let topology = self.topology(&ready);
         self.shared.placed(&topology);
         for link in &self.links {
@@ -64,6 +77,10 @@ impl Coordinator {
                 tsc_khz: common.tsc_khz,
                 devices: self.devices(),
                 pages: self.spec.pages.clone(),
+                origin: match &source {
+                    Source::Boot(_) => Origin::Boot,
+                    Source::Checkpoint(opened) => Origin::Checkpoint { tsc: opened.manifest.machine.tsc },
+                },
                 deadline: limit,
             };
             link.order(ToMember::Join(Json(Box::new(plan))));
@@ -76,7 +93,11 @@ impl Coordinator {
         })
         .await?;
         self.launcher.progress(format!("{} joined", self.who())).await;
-        self.load(images, limit).await?;
+        self.describe(&source, &common, &topology);
+        match &source {
+            Source::Boot(images) => self.load(images.clone(), limit).await?,
+            Source::Checkpoint(opened) => self.adopt(opened, &topology, limit).await?,
+        }
         for link in &self.links {
             link.order(ToMember::Run);
         }
@@ -87,10 +108,124 @@ impl Coordinator {
         .await?;
         let seats = self.links.iter().map(|link| (link.id, link.host.clone(), link.orders()));
         self.shared.ops().staff(Crew::new(seats));
+        if let Source::Checkpoint(opened) = &source {
+            self.go_on(opened);
+        }
         self.shared.running();
         let (pid, host) = (std::process::id(), self.inherit.host.clone());
         self.launcher.say(FromCoordinator::Running { pid, host }).await;
         Ok(())
+    }
+
+    /// What later checkpoints will say of this VM.
+    fn describe(&self, source: &Source, common: &fit::Common, topology: &Topology) {
+        let machine = Machine {
+            spec: self.spec.clone(),
+            cpuid: common.cpuid.clone(),
+            tsc_khz: common.tsc_khz,
+            tsc: None,
+            members: Vec::new(),
+        };
+        // Ranges that differ in their home alone are one.
+        let mut memory: Vec<Range> = Vec::new();
+        for range in &topology.memory {
+            match memory.last_mut() {
+                Some(last) if last.start + last.len == range.start => last.len += range.len,
+                _ => memory.push(Range { start: range.start, len: range.len }),
+            }
+        }
+        let identity = match source {
+            Source::Boot(_) => Identity::default(),
+            Source::Checkpoint(opened) => Identity {
+                guest: opened.manifest.guest,
+                // Its pages are noted as unchanged from the start.
+                base: Some((opened.manifest.id, opened.folder.clone())),
+            },
+        };
+        self.shared.ops().describe(Blueprint { machine, memory }, identity);
+    }
+
+    /// Gives every member what it needs of a checkpoint. No page is read yet.
+    async fn adopt(&mut self, opened: &Opened, topology: &Topology, limit: Duration) -> Result<(), End> {
+        let memory: u64 = topology.memory.iter().map(|r| r.len).sum();
+        let saved: u64 = opened.manifest.memory.iter().map(|r| r.len).sum();
+        if memory != saved {
+            return Err(End::BadInput(format!(
+                "{}: its memory has {saved} bytes, its specification says {memory}",
+                opened.folder.display()
+            )));
+        }
+        let folder = opened.folder.clone();
+        if let Some(first) = self.links.first() {
+            first.order(ToMember::Task { id: 0, task: MemberTask::OpenImage { folder } });
+        }
+        self.done("open the checkpoint", 1, limit).await?;
+        for runs in opened.runs.chunks(RUNS) {
+            for link in &self.links {
+                link.order(ToMember::Task { id: 0, task: MemberTask::Adopt { runs: runs.to_vec() } });
+            }
+            self.done("take pages of the checkpoint", self.links.len(), limit).await?;
+        }
+        let states = restore::deal(&opened.manifest.machine, topology);
+        for (link, state) in self.links.iter().zip(states) {
+            link.order(ToMember::Task { id: 0, task: MemberTask::Restore { state: Box::new(state) } });
+        }
+        self.done("restore vCPUs and devices", self.links.len(), limit).await?;
+        let folder = opened.folder.display();
+        self.launcher
+            .progress(format!("{folder}: {} pages, read when they are needed", self.pages(opened)))
+            .await;
+        Ok(())
+    }
+
+    fn pages(&self, opened: &Opened) -> u64 {
+        opened.runs.iter().map(|(_, pages)| u64::from(*pages)).sum()
+    }
+
+    /// Waits until so many members have done a task. What a member says against it is the checkpoint's fault.
+    async fn done(&mut self, step: &str, count: usize, limit: Duration) -> Result<(), End> {
+        let deadline = Instant::now() + limit;
+        for _ in 0..count {
+            loop {
+                let left = deadline.saturating_duration_since(Instant::now());
+                match timeout(left, self.inbox.recv()).await {
+                    Ok(Some((_, Ok(FromMember::TaskDone { result: Ok(_), .. })))) => break,
+                    Ok(Some((id, Ok(FromMember::TaskDone { result: Err(reason), .. })))) => {
+                        let host = self.links.get(usize::from(id.0)).map_or("?", |link| &link.host);
+                        return Err(End::BadInput(format!("{id} on {host} can't {step}: {reason}")));
+                    }
+                    Ok(Some((id, message))) => {
+                        if let Some(end) = self.trouble(id, message).await {
+                            return Err(end);
+                        }
+                    }
+                    Ok(None) | Err(_) => {
+                        return Err(End::Failed(format!(
+                            "a member did not {step} within {} s (--start-timeout)",
+                            limit.as_secs()
+                        )));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The restored VM stands as the checkpoint left it: lets it go on, and brings its pages in behind it.
+    fn go_on(&self, opened: &Opened) {
+        pause::begin_paused(self.shared.ops(), opened.manifest.machine.tsc);
+        let shared = self.shared.clone();
+        tokio::spawn(async move {
+            let went = async {
+                let turn = Turn::take(&shared, "the restore")?;
+                pause::release(&turn, pause::LIMIT).await?;
+                let limit = pause::LIMIT;
+                turn.crew()?.ask_all(&MemberTask::Prefetch, limit).await.map_err(OpError::from)
+            };
+            if let Err(e) = went.await {
+                shared.stop(End::Failed(format!("the restored VM did not go on: {e}")));
+            }
+        });
     }
 
     fn who(&self) -> String {

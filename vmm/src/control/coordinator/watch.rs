@@ -59,6 +59,14 @@ impl Coordinator {
                         for (_, done) in done {
                             let _ = done.send(());
                         }
+                    } else if let Ok(FromMember::Piece { id: task, bytes }) = message {
+                        let wanted = match self.shared.ops().crew() {
+                            Some(crew) => crew.piece(task, bytes).await,
+                            None => false,
+                        };
+                        if let Some(link) = self.links.get(usize::from(id.0)).filter(|_| !wanted) {
+                            link.order(ToMember::Cancel { id: task });
+                        }
                     } else if let Ok(FromMember::TaskDone { id: task, result }) = message {
                         if let Some(crew) = self.shared.ops().crew() {
                             crew.done(task, result);
@@ -171,6 +179,7 @@ impl Coordinator {
                 | FromMember::Ready { .. }
                 | FromMember::Joined
                 | FromMember::TaskDone { .. }
+                | FromMember::Piece { .. }
                 | FromMember::Started
                 | FromMember::Report { .. },
             ) => return None,

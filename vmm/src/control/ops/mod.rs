@@ -3,10 +3,12 @@
 //! An operation takes its [`Turn`] first; while one is under way all others are refused with its name, so none ever
 //! sees another half done. Operations run as tasks of their own: a client that goes away does not leave one half done.
 
+pub mod checkpoint;
 pub mod moves;
 pub mod pause;
 
 use super::crew::{AskError, Crew};
+use super::restore::Identity;
 use super::shared::Shared;
 use crate::member::MemberReply;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -46,6 +48,8 @@ pub struct Ops {
     pauses: Mutex<pause::Pauses>,
     /// Placement epochs given away so far.
     epochs: AtomicU64,
+    blueprint: OnceLock<checkpoint::Blueprint>,
+    identity: Mutex<Identity>,
 }
 
 impl Ops {
@@ -67,6 +71,24 @@ impl Ops {
     /// So many placement epochs that nobody else has; returns the first.
     fn next_epochs(&self, count: u64) -> u64 {
         self.epochs.fetch_add(count, Ordering::SeqCst) + 1
+    }
+
+    /// What checkpoints say of this VM; known before the guest runs.
+    pub fn describe(&self, blueprint: checkpoint::Blueprint, identity: Identity) {
+        let _ = self.blueprint.set(blueprint);
+        *self.identity.lock().unwrap_or_else(PoisonError::into_inner) = identity;
+    }
+
+    fn blueprint(&self) -> Option<checkpoint::Blueprint> {
+        self.blueprint.get().cloned()
+    }
+
+    fn identity(&self) -> Identity {
+        self.identity.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_base(&self, base: Option<(migration::checkpoint::Id, std::path::PathBuf)>) {
+        self.identity.lock().unwrap_or_else(PoisonError::into_inner).base = base;
     }
 
     fn pauses(&self) -> MutexGuard<'_, pause::Pauses> {

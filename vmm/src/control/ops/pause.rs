@@ -161,3 +161,14 @@ pub async fn release(turn: &Turn, limit: Duration) -> Result<(), OpError> {
     *ops.pauses() = Pauses { now: None, stopped: total };
     Ok(())
 }
+
+/// The guest's TSC where it stands still; `None` where it can't be stopped, or the VM runs.
+pub fn guest_time(turn: &Turn) -> Option<u64> {
+    let pauses = turn.shared().ops().pauses().clone();
+    Some(pauses.now?.clock?.wrapping_sub(pauses.stopped))
+}
+
+/// A VM that was restored begins as a paused one whose clock stands at `tsc`.
+pub fn begin_paused(ops: &super::Ops, tsc: Option<u64>) {
+    *ops.pauses() = Pauses { now: Some(Paused { clock: tsc, resumes_with: None }), stopped: 0 };
+}

@@ -61,6 +61,17 @@ impl Interrupt {
         self.needs_reset.store(false, Ordering::SeqCst);
     }
 
+    /// The reason bits, and whether the device has failed.
+    pub fn save(&self) -> (u32, bool) {
+        (self.status(), self.needs_reset())
+    }
+
+    /// As [`Interrupt::save`] said. The line is the IOAPIC's to remember.
+    pub fn restore(&self, (status, needs_reset): (u32, bool)) {
+        self.status.store(status, Ordering::SeqCst);
+        self.needs_reset.store(needs_reset, Ordering::SeqCst);
+    }
+
     /// The reason first, then the edge: a driver that the edge wakes finds the reason. A reason that is
     /// still set gets an edge too, for the driver may be between reading the status and acknowledging it.
     fn raise(&self, bit: u32) {

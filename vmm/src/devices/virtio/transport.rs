@@ -56,6 +56,16 @@ pub struct TransportState {
     resetting: bool,
 }
 
+/// All of a quiet device.
+#[derive(Debug, Serialize, Deserialize)]
+struct Saved {
+    registers: TransportState,
+    /// Reason bits; the device has failed.
+    interrupt: (u32, bool),
+    /// Next available, next used.
+    positions: Vec<Option<(u16, u16)>>,
+}
+
 /// A virtio device on the bus.
 #[derive(Debug)]
 pub struct Transport {
@@ -241,6 +251,11 @@ impl Transport {
     }
 
     fn activate(&self, state: &TransportState) {
+        self.activate_at(state, &[]);
+    }
+
+    /// Hands the queues to the worker; `positions` are where a checkpoint left them.
+    fn activate_at(&self, state: &TransportState, positions: &[Option<(u16, u16)>]) {
         let mut queues = Vec::new();
         for (index, registers) in state.queues.iter().enumerate() {
             let queue = registers.ready.then(|| self.build_queue(registers, state));
@@ -250,7 +265,13 @@ impl Transport {
                     self.interrupt.fail();
                     return;
                 }
-                Some(queue) => queues.push(queue),
+                Some(Some(mut queue)) => {
+                    if let Some((avail, used)) = positions.get(index).copied().flatten() {
+                        queue.set_next_avail(avail);
+                        queue.set_next_used(used);
+                    }
+                    queues.push(Some(queue));
+                }
                 None => queues.push(None),
             }
         }
@@ -322,5 +343,34 @@ impl BusDevice for Transport {
 
     fn is_posted(&self, offset: u64) -> bool {
         WindowKind::Virtio.is_posted(offset)
+    }
+
+    fn save(&self) -> String {
+        let saved = Saved {
+            registers: self.lock().clone(),
+            interrupt: self.interrupt.save(),
+            positions: self.doorbell.positions(),
+        };
+        serde_json::to_string(&saved).unwrap_or_default()
+    }
+
+    fn restore(&self, state: &str) -> Result<(), String> {
+        let saved: Saved = serde_json::from_str(state).map_err(|e| e.to_string())?;
+        let sizes = &self.description.queue_sizes;
+        let fits = |(q, max): (&QueueRegisters, &u16)| q.size <= u32::from(*max);
+        if saved.registers.queues.len() != sizes.len() || !saved.registers.queues.iter().zip(sizes).all(fits)
+        {
+            return Err("its queues are not those of this device".into());
+        }
+        if saved.registers.driver_features & !self.features() != 0 {
+            return Err("the driver uses a feature that this device has not".into());
+        }
+        let mut registers = self.lock();
+        *registers = saved.registers;
+        self.interrupt.restore(saved.interrupt);
+        if registers.has(VIRTIO_CONFIG_S_DRIVER_OK) && !saved.interrupt.1 {
+            self.activate_at(&registers, &saved.positions);
+        }
+        Ok(())
     }
 }

@@ -8,7 +8,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use virtio_queue::Queue;
+use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
 
 /// What a worker has between DRIVER_OK and reset.
@@ -66,6 +66,14 @@ impl Doorbell {
         state.active = Some(Arc::new(activation));
         state.rung = u64::MAX;
         self.work.notify_one();
+    }
+
+    /// Positions in the rings, by queue: next available, next used. `None` before activation or for a queue that was not
+    /// set up. Only while the worker is quiet.
+    pub fn positions(&self) -> Vec<Option<(u16, u16)>> {
+        let Some(active) = self.lock().active.clone() else { return Vec::new() };
+        let queues = active.queues.lock().unwrap_or_else(PoisonError::into_inner);
+        queues.iter().map(|q| q.as_ref().map(|q| (q.next_avail(), q.next_used()))).collect()
     }
 
     /// Takes the queues away; true once the worker has let go of them, false if it has not by the deadline

@@ -95,14 +95,14 @@ const IDLE_WAIT: Duration = Duration::from_secs(1);
 
 /// A vCPU with all that its loop needs.
 pub struct Runner<M: Machine> {
-    vcpu: Vcpu,
-    handle: Arc<VcpuHandle>,
+    pub(in crate::kvm) vcpu: Vcpu,
+    pub(in crate::kvm) handle: Arc<VcpuHandle>,
     clock: Arc<GuestClock>,
-    machine: Arc<M>,
+    pub(in crate::kvm) machine: Arc<M>,
     /// Between INIT and start-up IPI.
-    waits_for_startup: bool,
-    halted: bool,
-    nmi: bool,
+    pub(in crate::kvm) waits_for_startup: bool,
+    pub(in crate::kvm) halted: bool,
+    pub(in crate::kvm) nmi: bool,
     /// The clock is still to be followed: a backward correction took more than the vCPU was away.
     clock_behind: bool,
     /// Scaled host TSC of the last return from the guest.
@@ -110,13 +110,13 @@ pub struct Runner<M: Machine> {
     /// The last exit must be completed by another KVM_RUN before registers mean anything.
     unfinished: bool,
     /// Out of the guest until an order says otherwise.
-    parked: bool,
+    pub(in crate::kvm) parked: bool,
     /// The vCPU is not here: another member has it, or will send it.
-    absent: bool,
+    pub(in crate::kvm) absent: bool,
     /// Common clock at which it left the guest at another member, until it is in the guest here.
     arrived: Option<u64>,
     /// Mail that came while it was parked or absent.
-    held: u32,
+    pub(in crate::kvm) held: u32,
     /// CR8 as the guest was entered with it.
     cr8: u8,
     /// Guest TSC for which the timer signal is armed.

@@ -30,6 +30,7 @@ impl<M: Machine> Runner<M> {
                         let _ = answer.send(());
                     }
                     Order::Resume => self.park(false),
+                    Order::Capture(answer) => drop(answer.send(self.still())),
                     Order::Depart(departure) => {
                         if let Some(end) = self.depart(departure)? {
                             return Ok(Some(end));
