@@ -80,6 +80,8 @@ impl<M: Machine> Runner<M> {
         runner.halted = still.halted;
         runner.waits_for_startup = still.waits_for_startup;
         runner.nmi = still.nmi;
+        // It has never been in the guest here, so its clock may go back to where the checkpoint's stood.
+        runner.left_at = runner.clock.scaled_now().wrapping_sub(u64::MAX / 2);
         // As if it had been told to park here.
         runner.held = (still.mail & KEPT) | mail::ORDER;
         runner.parked = true;

@@ -108,10 +108,10 @@ impl Coordinator {
         .await?;
         let seats = self.links.iter().map(|link| (link.id, link.host.clone(), link.orders()));
         self.shared.ops().staff(Crew::new(seats));
+        self.shared.running();
         if let Source::Checkpoint(opened) = &source {
             self.go_on(opened);
         }
-        self.shared.running();
         let (pid, host) = (std::process::id(), self.inherit.host.clone());
         self.launcher.say(FromCoordinator::Running { pid, host }).await;
         Ok(())

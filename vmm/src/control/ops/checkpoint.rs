@@ -107,7 +107,7 @@ pub async fn checkpoint(turn: &Turn, body: &CheckpointBody) -> Result<Checkpoint
     let identity = ops.identity();
     let start = Instant::now();
     let root = body.to.clone();
-    let (store, base) = blocking(move || open(&root, &identity, start)).await?.map_err(failed)?;
+    let (store, base) = blocking(move || open(&root, &identity)).await?.map_err(failed)?;
     let identity = ops.identity();
     let base = base.filter(|_| !body.full && identity.base.is_some());
     let request = SaveRequest {
@@ -180,11 +180,7 @@ pub async fn checkpoint(turn: &Turn, body: &CheckpointBody) -> Result<Checkpoint
 
 /// Opens the folder; if its newest checkpoint is the one that an incremental one may build on, says so.
 #[allow(clippy::type_complexity)]
-fn open(
-    root: &Path,
-    identity: &Identity,
-    _start: Instant,
-) -> Result<(Arc<Store>, Option<(String, Id)>), CheckpointError> {
+fn open(root: &Path, identity: &Identity) -> Result<(Arc<Store>, Option<(String, Id)>), CheckpointError> {
     let store = Arc::new(Store::open(root)?);
     let Ok(newest) = checkpoint::newest(store.root()) else { return Ok((store, None)) };
     let path = newest.join(checkpoint::manifest::MANIFEST);

@@ -97,7 +97,7 @@ const IDLE_WAIT: Duration = Duration::from_secs(1);
 pub struct Runner<M: Machine> {
     pub(in crate::kvm) vcpu: Vcpu,
     pub(in crate::kvm) handle: Arc<VcpuHandle>,
-    clock: Arc<GuestClock>,
+    pub(in crate::kvm) clock: Arc<GuestClock>,
     pub(in crate::kvm) machine: Arc<M>,
     /// Between INIT and start-up IPI.
     pub(in crate::kvm) waits_for_startup: bool,
@@ -106,7 +106,7 @@ pub struct Runner<M: Machine> {
     /// The clock is still to be followed: a backward correction took more than the vCPU was away.
     clock_behind: bool,
     /// Scaled host TSC of the last return from the guest.
-    left_at: u64,
+    pub(in crate::kvm) left_at: u64,
     /// The last exit must be completed by another KVM_RUN before registers mean anything.
     unfinished: bool,
     /// Out of the guest until an order says otherwise.
