@@ -163,6 +163,7 @@ impl Guest for FakeGuest {
             MemberTask::Traffic => MemberReply::Traffic { sent: 7, done: 7 },
             MemberTask::Clock => MemberReply::Clock(5000),
             MemberTask::Resume { .. } => MemberReply::Done,
+            other => return Err(format!("not in this script: {other:?}")),
         })
     }
 
