@@ -235,18 +235,19 @@ def _console(host):
         return ""
 
 
+def _come_first():
+    """A host that is starved looks dead to the others. Without the right to come first, it takes its chances."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, -15)
+
+
 def _spawn(lab, what, argv, keep):
     log = open(lab.directory / f"{what}.log", "wb")
     with log:
         child = subprocess.Popen(
             ["timeout", "-s", "KILL", str(LIFETIME), *map(str, argv)] if keep else [str(a) for a in argv],
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            preexec_fn=None if keep else die_with_parent)
-    try:
-        # A host that is starved looks dead to the others. Without the right to, it takes its chances.
-        os.setpriority(os.PRIO_PROCESS, child.pid, -15)
-    except OSError:
-        pass
+            preexec_fn=_come_first if keep else die_with_parent)
     lab.processes.append(Process(what, child.pid, start_time(child.pid) or 0))
     # Reaped as soon as it ends, so that a dead host looks dead.
     threading.Thread(target=child.wait, daemon=True).start()
