@@ -13,7 +13,7 @@ use super::core::{Command, Effects};
 use super::hold::Hold;
 use super::message::{Contents, MemberSet, Msg, Right, Served, Terms, Token, Want};
 use super::pages::Share;
-use super::slots::{Patience, Slots};
+use super::slots::Slots;
 use crate::addr::MemberId;
 use crate::layout::Page;
 use crate::seeded::{SeededFault, is_on};
@@ -120,8 +120,9 @@ pub struct Cache<D> {
     fresh: Vec<Page>,
     hold: Hold,
     slots: Slots,
-    /// The last slot in which this member was patient, and how much.
-    patience: (u64, Patience),
+    /// The last slot of which this member has had its part: nobody here used the memory for a while, or waited for
+    /// another member.
+    served: Option<u64>,
     /// Nobody here uses the memory at the moment.
     resting: bool,
     /// Until then somebody here waits for another member.
@@ -146,7 +147,7 @@ impl<D> Cache<D> {
             fresh: Vec::new(),
             hold,
             slots: Slots::default(),
-            patience: (0, Patience::None),
+            served: None,
             resting: false,
             soft_until: 0,
             key,
@@ -284,19 +285,13 @@ impl<D> Cache<D> {
         } else {
             z = self.requests;
         }
-        Token(z).with(self.patience(now))
+        Token(z).patient(self.is_patient(now))
     }
 
-    /// How patient this member is in the present slot.
-    fn patience(&self, now: u64) -> Patience {
-        let (slot, patience) = self.patience;
-        if self.slots.number(now) == Some(slot) { patience } else { Patience::None }
-    }
-
-    fn be_patient(&mut self, now: u64, patience: Patience) {
-        if let Some(slot) = self.slots.number(now) {
-            self.patience = (slot, patience.max(self.patience(now)));
-        }
+    /// Whether this member has had its part of the present slot.
+    fn is_patient(&self, now: u64) -> bool {
+        let slot = self.slots.number(now);
+        slot.is_some() && slot == self.served
     }
 
     /// A thread of this member touched a page without the right to.
@@ -417,7 +412,7 @@ impl<D> Cache<D> {
         fx: &mut Effects<D>,
     ) {
         self.soft_until = now.saturating_add(self.hold.soft());
-        self.be_patient(now, Patience::Waits);
+        self.served = self.slots.number(now);
         self.let_go(now, |_| true, home_of, fx);
     }
 
@@ -487,7 +482,7 @@ impl<D> Cache<D> {
         fx: &mut Effects<D>,
     ) {
         self.resting = resting;
-        self.be_patient(now, Patience::Rested);
+        self.served = self.slots.number(now);
         let held: Vec<Page> = if resting { self.deferred.keys().copied().collect() } else { Vec::new() };
         for page in held {
             self.shorten(now, page, &home_of, fx);
@@ -707,8 +702,11 @@ impl<D> Cache<D> {
             return least;
         }
         let (requester, token) = demand.requester();
-        let me = (self.me, self.patience(now));
-        let turn = self.slots.turn_of(now, (requester, token.patience()), me);
+        let (mine, theirs) = (self.is_patient(now), token.is_patient());
+        if mine && !theirs && self.hold.is_contended(level) {
+            return least;
+        }
+        let turn = self.slots.turn_of(now, requester, self.me, theirs && !mine);
         match turn.filter(|_| self.hold.is_contended(level)) {
             Some(turn) => turn.max(least),
             None => until(self.hold.time(level)),

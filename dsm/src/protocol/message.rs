@@ -1,6 +1,5 @@
 //! What members say to each other about one page, and the sets and rights that go with it.
 
-use super::slots::Patience;
 use crate::addr::MemberId;
 
 /// A set of members, one bit each.
@@ -56,26 +55,22 @@ pub enum Right {
 }
 
 /// The number by which a requester knows the answers to its request. Chosen by the requester, told by the home to
-/// exactly those members that must answer: who does not know it has no right to answer. Its two highest
-/// bits are the sender's [patience](super::slots::Patience).
+/// exactly those members that must answer: who does not know it has no right to answer. Its highest bit says that the
+/// request is patient: its sender has had its part of the present [slot](super::slots).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Token(pub u64);
 
 impl Token {
-    const SHIFT: u32 = 62;
+    const PATIENT: u64 = 1 << 63;
 
-    /// The same token of a sender with this patience.
-    pub(super) fn with(self, patience: Patience) -> Token {
-        Token(self.0 & ((1 << Token::SHIFT) - 1) | (patience as u64) << Token::SHIFT)
+    /// The same token of a request that is patient, or is not.
+    pub(super) fn patient(self, is_patient: bool) -> Token {
+        Token(self.0 & !Token::PATIENT | if is_patient { Token::PATIENT } else { 0 })
     }
 
-    /// The sender's patience.
-    pub fn patience(self) -> Patience {
-        match self.0 >> Token::SHIFT {
-            0 => Patience::None,
-            1 => Patience::Rested,
-            _ => Patience::Waits,
-        }
+    /// Whether the request is patient.
+    pub fn is_patient(self) -> bool {
+        self.0 & Token::PATIENT != 0
     }
 }
 

@@ -19,18 +19,6 @@ pub const MIN_SHIFT: u8 = 18;
 /// Longest slot, as a power of two of nanoseconds: about an eighth of a second.
 pub const MAX_SHIFT: u8 = 27;
 
-/// Who lets others go first for the rest of a slot, whatever its order.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Patience {
-    /// Nobody.
-    #[default]
-    None,
-    /// A member that has had its part: for a while nobody there used the memory.
-    Rested,
-    /// A member that waits for what another does: it has interrupted one.
-    Waits,
-}
-
 /// The slots as one member sees them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Slots {
@@ -56,20 +44,12 @@ impl Slots {
         (index + count - slot % count) % count
     }
 
-    /// The time from which `other` goes before `me`; `now` or earlier if it does already. In the present slot the less
-    /// patient goes first. `None` without slots.
-    pub fn turn_of(
-        self,
-        now: u64,
-        (other, theirs): (MemberId, Patience),
-        (me, mine): (MemberId, Patience),
-    ) -> Option<u64> {
+    /// The time from which `other` goes before `me`; `now` or earlier if it does already. The present slot does not count
+    /// if the other has had its part of it (`is_patient`). `None` without slots.
+    pub fn turn_of(self, now: u64, other: MemberId, me: MemberId, is_patient: bool) -> Option<u64> {
         let present = self.number(now)?;
-        if theirs < mine {
-            return Some(now);
-        }
         let count = u64::from(self.members.0.count_ones());
-        let ahead = (u64::from(theirs > mine)..=count)
+        let ahead = (u64::from(is_patient)..=count)
             .find(|n| self.place(present.wrapping_add(*n), other) < self.place(present.wrapping_add(*n), me))
             .unwrap_or(count);
         if ahead == 0 {
@@ -95,7 +75,7 @@ mod tests {
         let mut firsts = Vec::new();
         for slot in 7..10u64 {
             let now = (slot << MIN_SHIFT) + 5 + 17;
-            let goes = |a, b| slots.turn_of(now, (a, Patience::None), (b, Patience::None)) == Some(now);
+            let goes = |a: MemberId, b: MemberId| slots.turn_of(now, a, b, false) == Some(now);
             for a in members {
                 for b in members.into_iter().filter(|b| *b != a) {
                     assert_ne!(goes(a, b), goes(b, a));
@@ -113,16 +93,10 @@ mod tests {
         // Slot 6 is member 0's, slot 7 member 1's.
         let begin = |slot: u64| (slot << MIN_SHIFT) + 5;
         let now = begin(6) + 100;
-        let [zero, one] = [0, 1].map(|m| (MemberId(m), Patience::None));
-        let rested = |(m, _)| (m, Patience::Rested);
-        let waits = |(m, _)| (m, Patience::Waits);
-        assert_eq!(slots.turn_of(now, one, zero), Some(begin(7)));
-        assert_eq!(slots.turn_of(now, rested(zero), one), Some(begin(8)));
-        assert_eq!(slots.turn_of(now, rested(one), zero), Some(begin(7)));
-        assert_eq!(slots.turn_of(now, one, rested(zero)), Some(now));
-        assert_eq!(slots.turn_of(now, rested(one), rested(zero)), Some(begin(7)));
-        assert_eq!(slots.turn_of(now, rested(one), waits(zero)), Some(now));
-        assert_eq!(Slots::default().turn_of(now, one, zero), None);
+        assert_eq!(slots.turn_of(now, MemberId(1), MemberId(0), false), Some(begin(7)));
+        assert_eq!(slots.turn_of(now, MemberId(0), MemberId(1), true), Some(begin(8)));
+        assert_eq!(slots.turn_of(now, MemberId(1), MemberId(0), true), Some(begin(7)));
+        assert_eq!(Slots::default().turn_of(now, MemberId(1), MemberId(0), true), None);
     }
 
     #[test]
@@ -130,8 +104,7 @@ mod tests {
         for offset in [i64::MIN, -1, 0, i64::MAX] {
             for now in [0, 1, u64::MAX] {
                 let slots = Slots { offset, ..slots(0b111) };
-                let (two, one) = ((MemberId(2), Patience::Rested), (MemberId(1), Patience::None));
-                assert!(slots.turn_of(now, two, one).is_some_and(|at| at >= now));
+                assert!(slots.turn_of(now, MemberId(2), MemberId(1), true).is_some_and(|at| at >= now));
             }
         }
     }
