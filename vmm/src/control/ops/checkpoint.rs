@@ -130,7 +130,8 @@ pub async fn checkpoint(turn: &Turn, body: &CheckpointBody) -> Result<Checkpoint
     let cut = cut(turn, &draft, request).await;
     let tsc = pause::guest_time(turn);
     // A VM that is to end does not go on only to be stopped, unless there is no checkpoint.
-    if !was_paused && !(body.stop && cut.is_ok()) {
+    let is_over = body.stop && cut.is_ok();
+    if !was_paused && !is_over {
         pause::release(turn, pause::LIMIT).await?;
     }
     let pause_ms = since.elapsed().as_secs_f64() * 1e3;
