@@ -95,6 +95,12 @@ fn kill_all(lab: &Lab) {
         unsafe { libc::kill(i32::try_from(pid).unwrap(), libc::SIGKILL) };
     }
     lab.nothing_runs();
+    // A process that is on its way out shows no environment any more, but still holds the VM's name.
+    let since = Instant::now();
+    while lab.run(&["ps", "--json"]).stdout != b"[]\n" {
+        assert!(since.elapsed() < Duration::from_secs(20), "the VM's name stays taken");
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 #[test]
