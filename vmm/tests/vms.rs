@@ -192,8 +192,16 @@ fn over_node_daemons() {
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     let seen = running(&lab, &at_first);
     assert_eq!((&seen["members"][0]["host"], &seen["members"][1]["host"]), (&"one".into(), &"two".into()));
-    let dump = lab.run(&[&["console", "t", "--dump"], &at_first[..]].concat());
-    assert!(String::from_utf8_lossy(&dump.stdout).contains("BARE start"));
+    // The guest runs; when it says something is its own affair.
+    let begin = std::time::Instant::now();
+    let has_spoken = || {
+        let dump = lab.run(&[&["console", "t", "--dump"], &at_first[..]].concat());
+        String::from_utf8_lossy(&dump.stdout).contains("BARE start")
+    };
+    while !has_spoken() {
+        assert!(begin.elapsed() < std::time::Duration::from_secs(30), "nothing on the console");
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
     let stop = lab.run(&[&["stop", "t"], &at_first[..]].concat());
     assert_eq!(stop.status.code(), Some(0), "{stop:?}");
     lab.nothing_runs();

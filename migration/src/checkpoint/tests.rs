@@ -326,6 +326,19 @@ fn whichever_step_fails_the_newest_whole_checkpoint_is_the_old_or_the_new_one() 
     }
 }
 
+fn copy_tree(from: &std::path::Path, to: &std::path::Path) {
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            fs::create_dir(&target).unwrap();
+            copy_tree(&entry.path(), &target);
+        } else {
+            fs::copy(entry.path(), &target).unwrap();
+        }
+    }
+}
+
 /// As if the process had been killed: nothing is cleaned up.
 #[test]
 fn a_killed_writer_leaves_the_old_checkpoint() {
@@ -337,6 +350,10 @@ fn a_killed_writer_leaves_the_old_checkpoint() {
     sink.append(b"half a header").unwrap();
     std::mem::forget(draft);
     drop(store);
+    // The draft that nobody drops holds the lock, which a process that is killed does not: its files, elsewhere.
+    let killed = dir;
+    let dir = tempfile::tempdir().unwrap();
+    copy_tree(killed.path(), dir.path());
     assert_eq!(load(&newest(dir.path()).unwrap()).unwrap(), old);
     let store = Store::open(dir.path()).map(Arc::new).unwrap();
     save(&store, &some_pages(), None, 1).unwrap();
