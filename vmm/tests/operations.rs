@@ -112,7 +112,12 @@ fn moved_paused_and_resumed() {
         let now = info(&lab).unwrap();
         assert_eq!(now["vcpus"], serde_json::json!(placed));
         assert!(now["epoch"].as_u64().unwrap() > epoch);
-        assert!(beat(&lab, at + 1).1 > passes, "a CPU stands still");
+        // On a busy machine a CPU may not complete a pass between two beats.
+        let mut later = beat(&lab, at + 1);
+        while later.1 <= passes {
+            assert!(later.0 < at + 20, "a CPU stands still");
+            later = beat(&lab, later.0);
+        }
     }
 
     check_ok(&lab.run(&["pause", "t"]), "pause");
