@@ -3,27 +3,10 @@
 
 mod lab;
 
-use lab::{Lab, check};
+use lab::{Lab, check, guest};
 use serde_json::Value;
-use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
-
-fn guest() -> Option<&'static str> {
-    static GUEST: std::sync::OnceLock<Option<String>> = std::sync::OnceLock::new();
-    GUEST
-        .get_or_init(|| {
-            if let Err(e) = vmm::member::HostFacts::probe() {
-                println!("skipped: {e}");
-                return None;
-            }
-            let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../guest-images/bare/build.sh");
-            let output = std::process::Command::new(&script).output().expect("build.sh runs");
-            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-            Some(String::from_utf8(output.stdout).unwrap().trim().to_string())
-        })
-        .as_deref()
-}
 
 fn launch(lab: &Lab, kernel: &str, members: u16, cmdline: &str) {
     let members = format!("--members={members}");

@@ -4,29 +4,10 @@
 
 mod lab;
 
-use lab::{Lab, check, finish};
+use lab::{Lab, check, finish, guest};
 use serde_json::Value;
-use std::path::Path;
-use std::process::{Command, Stdio};
-use std::sync::OnceLock;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
-
-/// Path of the bare-metal guest, or `None` where it can't run.
-fn guest() -> Option<&'static str> {
-    static GUEST: OnceLock<Option<String>> = OnceLock::new();
-    GUEST
-        .get_or_init(|| {
-            if let Err(e) = vmm::member::HostFacts::probe() {
-                println!("skipped: {e}");
-                return None;
-            }
-            let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../guest-images/bare/build.sh");
-            let output = Command::new(&script).output().expect("build.sh runs");
-            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-            Some(String::from_utf8(output.stdout).unwrap().trim().to_string())
-        })
-        .as_deref()
-}
 
 /// A detached VM of two members with two vCPUs each, running these tests, with faults on purpose.
 fn launch(lab: &Lab, kernel: &str, cmdline: &str, fault: &str) {

@@ -102,29 +102,32 @@ impl Engine {
         }
     }
 
+    /// Gives each shard an event that concerns no page in particular.
+    fn tell_all(&self, env: &impl Env, now: u64, event: &Event<PageBuf>, after: &mut After) {
+        for mut shard in self.shards() {
+            after.add(process(&mut shard, env, now, event.clone()));
+        }
+    }
+
+    fn announce(&self, env: &impl Env, now: u64, event: &Event<PageBuf>) {
+        let mut after = After::default();
+        self.tell_all(env, now, event, &mut after);
+        self.follow_up(env, after, now);
+    }
+
     /// See [`super::DsmHandle::soften`].
     pub(crate) fn soften(&self, env: &impl Env, now: u64) {
-        for mut shard in self.shards() {
-            let after = process(&mut shard, env, now, Event::Soften);
-            drop(shard);
-            self.follow_up(env, after, now);
-        }
+        self.announce(env, now, &Event::Soften);
     }
 
     /// See [`super::DsmHandle::rest`].
     pub(crate) fn rest(&self, env: &impl Env, now: u64, resting: bool) {
-        for mut shard in self.shards() {
-            let after = process(&mut shard, env, now, Event::Rest { resting });
-            drop(shard);
-            self.follow_up(env, after, now);
-        }
+        self.announce(env, now, &Event::Rest { resting });
     }
 
     /// The members have agreed on their slots.
     pub(crate) fn set_slots(&self, env: &impl Env, now: u64, slots: Slots) {
-        for mut shard in self.shards() {
-            process(&mut shard, env, now, Event::Slots(slots));
-        }
+        self.announce(env, now, &Event::Slots(slots));
     }
 
     /// How many contended pages were given away since the last call of this function.
@@ -171,9 +174,7 @@ impl Engine {
             after.add(process(&mut self.shard(*page), env, now, Event::Timer { page: *page }));
         }
         if !after.lost.is_empty() {
-            for mut shard in self.shards() {
-                after.add(process(&mut shard, env, now, Event::Yield));
-            }
+            self.tell_all(env, now, &Event::Yield, &mut after);
         }
         self.follow_up(env, after, now);
     }

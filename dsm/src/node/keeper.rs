@@ -57,12 +57,17 @@ impl Keeper {
         }
     }
 
-    fn due(&self, now: u64) -> Option<Page> {
+    /// The pages whose time has come, earliest first.
+    fn due(&self, now: u64) -> Vec<Page> {
         let mut timers = self.timers();
-        match timers.peek() {
-            Some(Reverse((at, _))) if *at <= now => timers.pop().map(|Reverse((_, page))| page),
-            _ => None,
+        let mut due = Vec::new();
+        while let Some(Reverse((at, page))) = timers.peek().copied()
+            && at <= now
+        {
+            timers.pop();
+            due.push(page);
         }
+        due
     }
 
     fn next(&self) -> Option<u64> {
@@ -93,10 +98,7 @@ pub(super) fn run(shell: &Shell) {
     let mut checked = shell.now();
     let mut next_beat = 0;
     while shell.is_running() {
-        let mut due = Vec::new();
-        while let Some(page) = keeper.due(shell.now()) {
-            due.push(page);
-        }
+        let due = keeper.due(shell.now());
         if !due.is_empty() {
             shell.timers(&due);
         }

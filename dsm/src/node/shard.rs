@@ -91,8 +91,9 @@ pub(crate) struct After {
 }
 
 impl After {
-    /// Adds what another event left to do. It wakes nobody.
+    /// Adds what another event left to do. That one must have woken nobody.
     pub(crate) fn add(&mut self, other: After) {
+        debug_assert!(other.wake.is_none(), "an event whose thread waits must be followed up itself");
         self.talk = MemberSet(self.talk.0 | other.talk.0);
         self.lost.extend(other.lost);
         self.has_come |= other.has_come;

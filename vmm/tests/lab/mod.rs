@@ -7,7 +7,25 @@ use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
+
+/// Path of the bare-metal guest, or `None` where it can't run.
+pub fn guest() -> Option<&'static str> {
+    static GUEST: OnceLock<Option<String>> = OnceLock::new();
+    GUEST
+        .get_or_init(|| {
+            if let Err(e) = vmm::member::HostFacts::probe() {
+                println!("skipped: {e}");
+                return None;
+            }
+            let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../guest-images/bare/build.sh");
+            let output = Command::new(&script).output().expect("build.sh runs");
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            Some(String::from_utf8(output.stdout).unwrap().trim().to_string())
+        })
+        .as_deref()
+}
 
 /// A runtime directory of its own, files to name, and processes that die with it.
 pub struct Lab {
