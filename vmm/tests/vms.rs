@@ -131,7 +131,7 @@ fn a_killed_process_takes_the_vm_along() {
 fn a_member_killed_during_the_start() {
     let Some(kernel) = guest() else { return };
     let lab = Lab::new();
-    for delay in [0, 30, 100, 200] {
+    for delay in [0, 5, 10, 20, 30, 50, 80, 120, 200] {
         let launcher = start(&lab, &launch(kernel, "cpus=2 test=loop", &[]));
         let since = Instant::now();
         // The second `spanvm member` to appear is member 1.

@@ -192,7 +192,8 @@ impl Coordinator {
                     Ok(Some((_, Ok(FromMember::TaskDone { result: Ok(_), .. })))) => break,
                     Ok(Some((id, Ok(FromMember::TaskDone { result: Err(reason), .. })))) => {
                         let host = self.links.get(usize::from(id.0)).map_or("?", |link| &link.host);
-                        return Err(End::BadInput(format!("{id} on {host} can't {step}: {reason}")));
+                        let symptom = End::BadInput(format!("{id} on {host} can't {step}: {reason}"));
+                        return Err(self.cause(symptom).await);
                     }
                     Ok(Some((id, message))) => {
                         if let Some(end) = self.trouble(id, message).await {
@@ -266,7 +267,7 @@ impl Coordinator {
                     (self.own_member(&local_secret), None, host)
                 }
                 None => {
-                    let (stream, child) = self.spawn_member(&local_secret).await?;
+                    let (stream, child) = self.spawn_member(id, &local_secret).await?;
                     (stream, child, self.inherit.host.clone())
                 }
                 Some(host) => {
@@ -302,12 +303,22 @@ impl Coordinator {
         Box::new(ours)
     }
 
-    async fn spawn_member(&self, local: &Secret) -> Result<(Box<dyn Stream>, Option<ChildProcess>), End> {
-        let failed = |e: String| End::Failed(format!("can't start a process for a member: {e}"));
-        let (mut stream, child) = self.spawner.spawn().map_err(|e| failed(e.to_string()))?;
-        codec::within(watch::SILENCE, codec::send(&mut stream, &self.member_inherit(local)))
-            .await
-            .map_err(|e| failed(e.to_string()))?;
+    async fn spawn_member(
+        &self,
+        member: MemberId,
+        local: &Secret,
+    ) -> Result<(Box<dyn Stream>, Option<ChildProcess>), End> {
+        let (mut stream, child) = self
+            .spawner
+            .spawn()
+            .map_err(|e| End::Failed(format!("can't start a process for {member}: {e}")))?;
+        codec::within(watch::SILENCE, codec::send(&mut stream, &self.member_inherit(local))).await.map_err(
+            |e| End::MemberLost {
+                member,
+                host: self.inherit.host.clone(),
+                reason: format!("its process ended before it was told what to be ({e})"),
+            },
+        )?;
         Ok((stream, child))
     }
 
@@ -342,13 +353,14 @@ impl Coordinator {
     }
 
     /// Member 0 is in this process, so the images need not travel again.
-    async fn load(&self, images: BootImages, limit: Duration) -> Result<(), End> {
+    async fn load(&mut self, images: BootImages, limit: Duration) -> Result<(), End> {
         let guest = self.slot.get().cloned().ok_or_else(|| End::Failed("member 0 has not joined".into()))?;
         let load = tokio::task::spawn_blocking(move || guest.load(images));
         match timeout(limit, load).await {
             Ok(Ok(Ok(()))) => Ok(()),
             Ok(Ok(Err(reason))) => {
-                Err(End::BadInput(format!("--kernel {}: {reason}", self.spec.kernel.display())))
+                let symptom = End::BadInput(format!("--kernel {}: {reason}", self.spec.kernel.display()));
+                Err(self.cause(symptom).await)
             }
             Ok(Err(e)) => Err(End::Failed(format!("internal error while loading: {e}"))),
             Err(_) => Err(End::Failed(format!("loading the kernel took more than {} s", limit.as_secs()))),

@@ -111,7 +111,16 @@ impl Coordinator {
         id: MemberId,
         message: Result<FromMember, CodecError>,
     ) -> Option<End> {
-        let mut worst = self.diagnose(id, message).await?;
+        let first = self.diagnose(id, message).await?;
+        Some(self.settle(first).await)
+    }
+
+    /// What a step that failed here comes from: a member that is lost makes others fail, too.
+    pub(super) async fn cause(&mut self, symptom: End) -> End {
+        self.settle((Rank::Consequence, symptom)).await
+    }
+
+    async fn settle(&mut self, mut worst: (Rank, End)) -> End {
         let settled = tokio::time::sleep(SETTLE);
         tokio::pin!(settled);
         while worst.0 != Rank::Guest {
@@ -125,7 +134,7 @@ impl Coordinator {
                 () = &mut settled => break,
             }
         }
-        Some(worst.1)
+        worst.1
     }
 
     async fn diagnose(
