@@ -90,7 +90,7 @@ fn start(n: u16, network: &Arc<Network>, grace: Duration) -> Vec<Dsm> {
             let links = links.into_iter().map(|mut l| (l.peer, l.streams.remove(0))).collect();
             let mut cfg = DsmConfig::new(me, ids.clone(), Epoch(1), memory.clone());
             cfg.reconnect =
-                Some(Reconnect { grace, redial: Arc::new(move |peer, end| redial.stream(peer, end)) });
+                Some(Reconnect { grace, redial: Arc::new(move |peer, end| redial.stream(peer, 0, end)) });
             Dsm::start(cfg, links).unwrap()
         };
         let members: Vec<_> =

@@ -7,7 +7,7 @@ use crate::addr::{HomeRange, MemberId};
 use crate::node::Dsm;
 use crate::stats::DsmSnapshot;
 use std::io::{self, BufRead, BufReader, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -145,10 +145,33 @@ pub struct Group {
 }
 
 impl Group {
-    /// Starts a group of `members`; if `inside`, member 0 is in this process.
+    /// Starts a group with a process per address, at which it listens for the others.
+    pub fn start_at(
+        addrs: &[IpAddr],
+        memory: &[HomeRange],
+        tuning: Tuning,
+        launcher: Launcher<'_>,
+    ) -> Result<Group, BenchError> {
+        let members = u16::try_from(addrs.len()).unwrap_or(u16::MAX);
+        Group::start_with(members, false, &|m| addrs.get(usize::from(m.0)).copied(), memory, tuning, launcher)
+    }
+
+    /// Starts a group of `members` on this host; if `inside`, member 0 is in this process.
     pub fn start(
         members: u16,
         inside: bool,
+        memory: &[HomeRange],
+        tuning: Tuning,
+        launcher: Launcher<'_>,
+    ) -> Result<Group, BenchError> {
+        Group::start_with(members, inside, &|_| None, memory, tuning, launcher)
+    }
+
+    /// A member to which `at` gives no address listens on loopback.
+    fn start_with(
+        members: u16,
+        inside: bool,
+        at: &dyn Fn(MemberId) -> Option<IpAddr>,
         memory: &[HomeRange],
         tuning: Tuning,
         launcher: Launcher<'_>,
@@ -163,7 +186,8 @@ impl Group {
         }
         for id in first..members {
             let mut peer = Peer::launch(MemberId(id), launcher)?;
-            match peer.ask(&Order::Listen, START)? {
+            let at = at(peer.member).unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+            match peer.ask(&Order::Listen(at), START)? {
                 Answer::Listening(addr) => addrs.push(addr),
                 _ => return Err(BenchError::Answer(peer.member)),
             }

@@ -21,7 +21,7 @@ pub mod plot;
 pub mod stream;
 pub mod work;
 
-pub use peer::peer_main;
+pub use peer::{peer_main, serve};
 
 use crate::addr::MemberId;
 use crate::node::DsmError;

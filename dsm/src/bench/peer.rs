@@ -3,12 +3,14 @@
 use super::work::{Outcome, Work};
 use super::{BenchError, io_step};
 use crate::addr::{Epoch, HomeRange, MemberId, PAGE_SIZE};
-use crate::node::{Dsm, DsmConfig, HoldConfig};
+use crate::node::{Dsm, DsmConfig, HoldConfig, Reconnect};
 use crate::stats::DsmSnapshot;
 use crate::transport::mesh::{self, MeshConfig};
+use crate::transport::redial::Redial;
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, BufReader, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -41,6 +43,8 @@ pub struct Tuning {
     pub shards: usize,
     /// A peer that is silent for this long, in milliseconds, is dead.
     pub deadline_ms: u64,
+    /// For so long, in milliseconds, a broken connection may be made again; 0 for not at all.
+    pub grace_ms: u64,
     /// Pages that a member keeps; 0 for all.
     pub budget_pages: u64,
 }
@@ -55,6 +59,7 @@ impl Default for Tuning {
             hold_transfers: hold.transfers,
             shards: 1,
             deadline_ms: 10_000,
+            grace_ms: 0,
             budget_pages: 0,
         }
     }
@@ -63,8 +68,8 @@ impl Default for Tuning {
 /// An order to a member process.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Order {
-    /// Open a port for peers.
-    Listen,
+    /// Open a port for peers at this address.
+    Listen(IpAddr),
     /// Become a member.
     Join(Membership),
     /// Answer 64-byte requests on this address with 4096 bytes, in a thread.
@@ -115,6 +120,14 @@ pub fn join(listener: TcpListener, membership: &Membership) -> Result<Dsm, Bench
         deadline: MESH,
         channels: 1,
     };
+    let reconnect = if tuning.grace_ms > 0 {
+        let listener = listener.try_clone().map_err(io_step("can't use the listening socket twice"))?;
+        let redial = Redial::new(listener, mesh.clone()).map_err(io_step("can't keep the port open"))?;
+        let grace = Duration::from_millis(tuning.grace_ms);
+        Some(Reconnect { grace, redial: Arc::new(move |peer, end| redial.stream(peer, 0, end)) })
+    } else {
+        None
+    };
     let links = mesh::connect(listener, &mesh)?;
     let links = links.into_iter().filter_map(|l| Some((l.peer, l.streams.into_iter().next()?)));
     let mut cfg = DsmConfig::new(*me, all().map(|(id, _)| id).collect(), Epoch(1), memory.clone());
@@ -123,6 +136,7 @@ pub fn join(listener: TcpListener, membership: &Membership) -> Result<Dsm, Bench
         max: Duration::from_micros(tuning.hold_max_us),
         transfers: tuning.hold_transfers,
     };
+    cfg.reconnect = reconnect;
     cfg.shards = tuning.shards;
     cfg.deadline = Duration::from_millis(tuning.deadline_ms);
     cfg.budget = (tuning.budget_pages > 0).then(|| tuning.budget_pages.saturating_mul(PAGE_SIZE));
@@ -131,7 +145,11 @@ pub fn join(listener: TcpListener, membership: &Membership) -> Result<Dsm, Bench
 
 /// Runs a member process until it is told to quit or its commander is gone. `control` is where the commander listens.
 pub fn peer_main(control: SocketAddr) -> Result<(), BenchError> {
-    let stream = TcpStream::connect(control).map_err(io_step("can't reach the benchmark"))?;
+    serve(TcpStream::connect(control).map_err(io_step("can't reach the benchmark"))?)
+}
+
+/// The same for a process that is connected to its commander already.
+pub fn serve(stream: TcpStream) -> Result<(), BenchError> {
     let mut writer = stream.try_clone().map_err(io_step("can't use the connection to the benchmark"))?;
     let mut state = State::default();
     for line in BufReader::new(stream).lines() {
@@ -168,8 +186,8 @@ struct State {
 impl State {
     fn obey(&mut self, order: Order) -> Result<Answer, String> {
         match order {
-            Order::Listen => {
-                let listener = TcpListener::bind("127.0.0.1:0").map_err(|e| e.to_string())?;
+            Order::Listen(at) => {
+                let listener = TcpListener::bind((at, 0)).map_err(|e| e.to_string())?;
                 let addr = listener.local_addr().map_err(|e| e.to_string())?;
                 self.listener = Some(listener);
                 Ok(Answer::Listening(addr))

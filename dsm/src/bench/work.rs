@@ -20,6 +20,13 @@ pub enum Work {
         /// The value; 0 leaves pages zero but owned by this member.
         value: u64,
     },
+    /// Sets every word of each page to zero.
+    Clear {
+        /// First page's address.
+        gpa: u64,
+        /// Number of pages.
+        pages: u64,
+    },
     /// Adds the first words of the pages.
     Sum {
         /// First page's address.
@@ -107,6 +114,12 @@ pub fn run(memory: Memory<'_>, work: &Work) -> Result<Outcome, String> {
         Work::Fill { gpa, pages, value } => {
             for page in 0..pages {
                 memory.u64_at(gpa + page * PAGE_SIZE).ok_or(NO_MEMORY)?.store(value, SeqCst);
+            }
+            Ok(Outcome::Number(pages))
+        }
+        Work::Clear { gpa, pages } => {
+            for page in 0..pages {
+                memory.words(gpa + page * PAGE_SIZE).for_each(|word| word.store(0, SeqCst));
             }
             Ok(Outcome::Number(pages))
         }

@@ -162,8 +162,7 @@ fn heartbeat(shell: &Shell, now: u64, beat: u64, deadline: u64) {
         let is_stuck = full != 0 && now.saturating_sub(full) > deadline;
         if link.keeps() && (silent > deadline || is_stuck) {
             // Half open, perhaps: its receive thread looks for the peer again.
-            link.set_broken();
-            link.close();
+            link.give_up();
             continue;
         }
         if silent > deadline {

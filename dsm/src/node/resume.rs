@@ -15,19 +15,22 @@ use zerocopy::{FromBytes, IntoBytes};
 
 /// A peer that has connected says how far it is within this time.
 const WORD: Duration = Duration::from_secs(2);
+/// One attempt takes no longer, so that a member that stops meanwhile need not wait for the rest of the grace time.
+const ATTEMPT: Duration = Duration::from_secs(1);
 /// Pause between two attempts.
 const RETRY: Duration = Duration::from_millis(20);
 
 /// Makes the connection again. Returns the stream to read from, or why the peer is taken for dead.
 pub(super) fn resume(shell: &Shell, link: &Link, rules: &Rules<'_>, broke: Cause) -> Result<(), Cause> {
     let Some(reconnect) = &shell.config().reconnect else { return Err(broke) };
+    let broke = if link.was_given_up() { Cause::Silent(shell.config().deadline) } else { broke };
     link.set_broken();
     link.close();
     let peer = link.peer();
     tracing::warn!("the connection to {peer} broke ({broke}); trying again for {:?}", reconnect.grace);
     let end = Instant::now() + reconnect.grace;
     while shell.is_running() && Instant::now() < end {
-        let made = (reconnect.redial)(peer, end).and_then(|stream| {
+        let made = (reconnect.redial)(peer, end.min(Instant::now() + ATTEMPT)).and_then(|stream| {
             let got = exchange(shell, link, rules, &stream)?;
             link.resume(stream, got, shell.now()).map_err(io::Error::other)
         });

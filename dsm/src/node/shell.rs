@@ -465,6 +465,7 @@ impl Shell {
                 bytes_sent,
                 messages_received: got,
                 bytes_received: bytes_got,
+                reconnects: link.resumed(),
             });
         }
         snapshot.finish(self.layout.pages());

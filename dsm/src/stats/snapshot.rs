@@ -111,6 +111,9 @@ pub struct PeerTraffic {
     pub messages_received: u64,
     /// Bytes from it.
     pub bytes_received: u64,
+    /// How often a connection to it that broke was made again.
+    #[serde(default)]
+    pub reconnects: u64,
 }
 
 /// A member's memory at one moment; counters since its start.

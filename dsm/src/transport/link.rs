@@ -72,6 +72,8 @@ pub struct Link<S = TcpStream> {
     keeps: bool,
     /// The stream is gone and there is no new one yet.
     broken: AtomicBool,
+    /// It is gone because of the peer's silence.
+    given_up: AtomicBool,
     stream: Mutex<Arc<S>>,
     queue: Mutex<Queue>,
     writer: Mutex<Writer<S>>,
@@ -85,6 +87,7 @@ pub struct Link<S = TcpStream> {
     sent_bytes: AtomicU64,
     got_messages: AtomicU64,
     got_bytes: AtomicU64,
+    resumed: AtomicU64,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -108,6 +111,7 @@ impl<S: Socket> Link<S> {
             peer,
             keeps,
             broken: AtomicBool::new(false),
+            given_up: AtomicBool::new(false),
             writer: Mutex::new(Writer {
                 stream: stream.clone(),
                 buf: Vec::new(),
@@ -127,6 +131,7 @@ impl<S: Socket> Link<S> {
             sent_bytes: AtomicU64::new(0),
             got_messages: AtomicU64::new(0),
             got_bytes: AtomicU64::new(0),
+            resumed: AtomicU64::new(0),
         }
     }
 
@@ -268,6 +273,18 @@ impl<S: Socket> Link<S> {
         self.full_since.store(0, Ordering::Relaxed);
     }
 
+    /// The peer has been silent for too long: the same, and its receive thread is to look for it again.
+    pub fn give_up(&self) {
+        self.given_up.store(true, Ordering::Release);
+        self.set_broken();
+        self.stream().abort();
+    }
+
+    /// Whether the stream was given up; asking ends that.
+    pub fn was_given_up(&self) -> bool {
+        self.given_up.swap(false, Ordering::AcqRel)
+    }
+
     /// The peer has said, in a frame, how many it has received: the low 32 bits.
     pub fn acknowledged(&self, low: u32) {
         if self.keeps {
@@ -294,8 +311,14 @@ impl<S: Socket> Link<S> {
         *lock(&self.stream) = stream;
         self.full_since.store(0, Ordering::Relaxed);
         self.heard.store(now, Ordering::Relaxed);
+        self.resumed.fetch_add(1, Ordering::Relaxed);
         self.broken.store(false, Ordering::Release);
         Ok(())
+    }
+
+    /// How often it went on with another stream.
+    pub fn resumed(&self) -> u64 {
+        self.resumed.load(Ordering::Relaxed)
     }
 
     /// Since when the socket has taken nothing; 0 if it is not full.

@@ -21,7 +21,8 @@ const GLANCE: Duration = Duration::from_millis(2);
 pub struct Redial {
     listener: TcpListener,
     cfg: MeshConfig,
-    arrived: Mutex<BTreeMap<MemberId, TcpStream>>,
+    /// Callers that were let in and that nobody has asked for yet, by member and channel.
+    arrived: Mutex<BTreeMap<(MemberId, u16), TcpStream>>,
     /// Held by whoever answers callers, for all.
     door: Mutex<()>,
     never: AtomicBool,
@@ -35,21 +36,24 @@ impl Redial {
         Ok(Redial { listener, cfg, arrived, door, never: AtomicBool::new(false) })
     }
 
-    /// A new stream of channel 0 to or from `peer`, by `end`.
-    pub fn stream(&self, peer: MemberId, end: Instant) -> io::Result<TcpStream> {
+    /// A new stream of a channel to or from `peer`, by `end`.
+    ///
+    /// # Errors
+    /// Nobody is there, or not who should be. A caller may try again until `end`.
+    pub fn stream(&self, peer: MemberId, channel: u16, end: Instant) -> io::Result<TcpStream> {
         if peer > self.cfg.me {
-            return self.wait(peer, end);
+            return self.wait((peer, channel), end);
         }
         let to = self.cfg.peers.iter().find(|(p, _)| *p == peer);
         let (_, addr) = to.ok_or_else(|| io::Error::other("it is no peer"))?;
         let soon = end.min(Instant::now() + HANDSHAKE);
-        call(&self.cfg, peer, *addr, 0, soon, &self.never).map_err(io::Error::other)
+        call(&self.cfg, peer, *addr, channel, soon, &self.never).map_err(io::Error::other)
     }
 
-    fn wait(&self, peer: MemberId, end: Instant) -> io::Result<TcpStream> {
+    fn wait(&self, wanted: (MemberId, u16), end: Instant) -> io::Result<TcpStream> {
         loop {
             let mut arrived = self.arrived.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(stream) = arrived.remove(&peer) {
+            if let Some(stream) = arrived.remove(&wanted) {
                 return Ok(stream);
             }
             drop(arrived);
@@ -72,11 +76,10 @@ impl Redial {
             Err(e) => return Err(e),
         };
         match receive(&mut stream, &self.cfg, Instant::now() + HANDSHAKE, &self.never) {
-            Ok(Ok((from, 0))) => {
+            Ok(Ok(caller)) => {
                 // The newest counts: its caller has given up those before.
-                self.arrived.lock().unwrap_or_else(PoisonError::into_inner).insert(from, stream);
+                self.arrived.lock().unwrap_or_else(PoisonError::into_inner).insert(caller, stream);
             }
-            Ok(Ok((from, channel))) => tracing::debug!("{from} called for channel {channel}"),
             Ok(Err(reason)) => tracing::debug!("a caller was refused: {reason}"),
             Err(e) => tracing::debug!("a stranger called: {e}"),
         }

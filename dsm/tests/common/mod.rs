@@ -1,6 +1,8 @@
 //! What the tests with real memory share; none of them uses all of it.
 #![allow(dead_code)]
 
+pub mod lan;
+
 use dsm::addr::{Epoch, HomeRange, MemberId};
 use dsm::bench::group::Group;
 use dsm::bench::peer::Tuning;
@@ -78,7 +80,12 @@ pub fn launcher(addr: SocketAddr) -> Command {
 /// The body of the test `member_process`.
 pub fn member_process() {
     if let Ok(addr) = std::env::var("DSM_PEER_CONTROL") {
-        dsm::bench::peer_main(addr.parse().unwrap()).unwrap();
+        // Whoever gives the orders is reached from here, the other members from the namespace.
+        let control = std::net::TcpStream::connect(addr).unwrap();
+        if let Ok(namespace) = std::env::var(lan::VARIABLE) {
+            lan::enter(&std::fs::File::open(namespace).unwrap()).unwrap();
+        }
+        dsm::bench::serve(control).unwrap();
     }
 }
 
