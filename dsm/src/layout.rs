@@ -110,6 +110,23 @@ impl Layout {
         self.span_of(page).map(|s| s.range.home)
     }
 
+    /// Whether the other memory has the same pages at the same addresses, whatever their homes.
+    pub fn has_the_addresses_of(&self, other: &Layout) -> bool {
+        self.runs() == other.runs()
+    }
+
+    /// The runs of addresses, however many ranges each is made of.
+    fn runs(&self) -> Vec<(u64, u64)> {
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        for range in self.ranges() {
+            match runs.last_mut() {
+                Some((_, end)) if *end == range.start => *end = range.end(),
+                _ => runs.push((range.start, range.end())),
+            }
+        }
+        runs
+    }
+
     /// The pages behind a page, in its range.
     pub fn following(&self, page: Page) -> impl Iterator<Item = Page> + use<> {
         let end = self.span_of(page).map_or(0, |s| s.first + s.pages);
@@ -145,6 +162,14 @@ mod tests {
         assert!(layout.following(Page(0)).eq([Page(1)]));
         assert!(layout.following(Page(2)).eq([Page(3), Page(4)]));
         assert!(layout.following(Page(9)).next().is_none());
+    }
+
+    #[test]
+    fn the_same_addresses_however_they_are_cut() {
+        let whole = Layout::new(&[range(0, 0x4000, 0), range(0x1_0000, 0x1000, 1)]).unwrap();
+        let cut = [range(0, 0x1000, 2), range(0x1000, 0x3000, 0), range(0x1_0000, 0x1000, 0)];
+        assert!(whole.has_the_addresses_of(&Layout::new(&cut).unwrap()));
+        assert!(!whole.has_the_addresses_of(&Layout::new(&cut[..2]).unwrap()));
     }
 
     #[test]

@@ -41,19 +41,21 @@ pub enum SeededFault {
     EndlessHold,
     /// An evicted copy is dropped without a word to its home.
     SilentEviction,
+    /// A new home is not told who has a page.
+    LostEntry,
     /// A page is given up at once, however short it was here.
     NoHold,
 }
 
 use SeededFault::{
     AckBeforeDrop, BrokenFifo, CopyThenProtect, DoneByAnyone, EarlyNext, EndlessHold, ForgottenWake,
-    HalfCopy, KeptCopy, LostInvalidation, NoHold, ReadBeforeProtect, SilentEviction, StaleEpoch,
+    HalfCopy, KeptCopy, LostEntry, LostInvalidation, NoHold, ReadBeforeProtect, SilentEviction, StaleEpoch,
     UpgradeSkipsSharer, WriteBeforeAcks, ZeroGrant,
 };
 
 impl SeededFault {
     /// All of them.
-    pub const ALL: [SeededFault; 17] = [
+    pub const ALL: [SeededFault; 18] = [
         LostInvalidation,
         KeptCopy,
         UpgradeSkipsSharer,
@@ -71,6 +73,7 @@ impl SeededFault {
         EndlessHold,
         NoHold,
         SilentEviction,
+        LostEntry,
     ];
 
     /// Its name on command lines and in tables.
@@ -93,6 +96,7 @@ impl SeededFault {
             EndlessHold => "endless-hold",
             NoHold => "no-hold",
             SilentEviction => "silent-eviction",
+            LostEntry => "lost-entry",
         }
     }
 
@@ -115,6 +119,7 @@ impl SeededFault {
             DoneByAnyone => "anybody may end a transaction",
             EndlessHold => "a hold time never runs out",
             SilentEviction => "an evicted copy is dropped without a word to its home",
+            LostEntry => "a new home is not told who has a page",
             NoHold => "the hold time is not honoured",
         }
     }

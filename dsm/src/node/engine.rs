@@ -208,7 +208,7 @@ impl Engine {
         }
     }
 
-    fn follow_up(&self, env: &impl Env, after: After, now: u64) {
+    pub(super) fn follow_up(&self, env: &impl Env, after: After, now: u64) {
         let talk = self.settle(env, after, now);
         env.flush(talk, now);
     }
@@ -237,7 +237,7 @@ impl Engine {
 }
 
 /// Gives an event to a core and carries out what it commands, unless the member has stopped.
-fn process(shard: &mut Shard, env: &impl Env, now: u64, event: Event<PageBuf>) -> After {
+pub(super) fn process(shard: &mut Shard, env: &impl Env, now: u64, event: Event<PageBuf>) -> After {
     if !env.is_running() {
         return After::default();
     }

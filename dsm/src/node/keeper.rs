@@ -5,7 +5,6 @@ use super::shell::Shell;
 use crate::layout::Page;
 use crate::protocol::MemberSet;
 use crate::transport::frame::Header;
-use crate::transport::link::Link;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fd::OwnedFd;
 use std::cmp::Reverse;
@@ -126,10 +125,10 @@ pub(super) fn run(shell: &Shell) {
 /// ever.
 fn linger(shell: &Shell) {
     let end = Instant::now() + LINGER;
-    while Instant::now() < end && !shell.links().all(Link::has_ended) {
+    while Instant::now() < end && !shell.links().all(|l| l.has_ended()) {
         std::thread::sleep(Duration::from_millis(2));
     }
-    shell.links().for_each(Link::close);
+    shell.links().for_each(|l| l.close());
 }
 
 fn wait(shell: &Shell, until: u64) {
@@ -172,7 +171,7 @@ fn heartbeat(shell: &Shell, now: u64, beat: u64, deadline: u64) {
             return shell.fail(Some(link.peer()), Cause::Stuck(shell.config().deadline));
         }
         if full == 0 && now.saturating_sub(link.spoke()) >= beat {
-            link.push(&Header::ping(shell.config().me, shell.config().epoch));
+            link.push(&Header::ping(shell.config().me, shell.epoch()));
             talk = talk.with(link.peer());
         }
     }

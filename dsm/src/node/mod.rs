@@ -3,6 +3,7 @@
 //! - [`fault threads`](threads): one per userfaultfd. Reads who waits, asks the core, and sends what it says itself; never
 //!   waits for the network.
 //! - [`receive threads`](threads): one per peer. Reads frames, asks the core, fills pages and wakes their waiters itself.
+//! - [`homes`]: a change of homes and of members.
 //! - [`gang`]: contended pages that are used together come back together.
 //! - [`evict`]: what goes when there is more here than the member may keep.
 //! - [`recent`]: on which pages each thread waited last.
@@ -18,6 +19,7 @@ pub(crate) mod engine;
 pub(crate) mod evict;
 mod failure;
 mod gang;
+pub(crate) mod homes;
 mod keeper;
 mod pace;
 mod recent;
@@ -30,6 +32,7 @@ mod threads;
 
 pub use config::{DsmConfig, HoldConfig, Reconnect, Redialer};
 pub use failure::{Cause, DsmFailure, Lost};
+pub use homes::{Evicted, HomeRun, HomesError, Table};
 pub use save::{PageSink, PageSource, SaveError, SaveOptions, Saved};
 
 use crate::addr::{MAX_MEMBERS, MemberId, PAGE_SIZE};
@@ -38,7 +41,7 @@ use crate::region::{Mapping, Memory, RegionError};
 use crate::stats::{DsmSnapshot, FaultRecord};
 use shell::Shell;
 use std::net::TcpStream;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 use thiserror::Error;
@@ -89,7 +92,7 @@ pub enum DsmError {
 #[derive(Debug)]
 pub struct Dsm {
     shell: Arc<Shell>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Arc<Mutex<Vec<JoinHandle<()>>>>,
 }
 
 impl Dsm {
@@ -97,14 +100,14 @@ impl Dsm {
     /// (from [`crate::transport::mesh`], channel 0).
     pub fn start(cfg: DsmConfig, links: Vec<(MemberId, TcpStream)>) -> Result<Dsm, DsmError> {
         let shell = Arc::new(Shell::new(cfg, links)?);
-        let mut dsm = Dsm { shell, threads: Vec::new() };
+        let dsm = Dsm { shell, threads: Arc::default() };
         for task in threads::tasks(&dsm.shell) {
             let shell = dsm.shell.clone();
             let thread = thread::Builder::new()
                 .name(task.name())
                 .spawn(move || task.run(&shell))
                 .map_err(|source| DsmError::Start { what: "a memory thread", source })?;
-            dsm.threads.push(thread);
+            threads_of(&dsm.threads).push(thread);
         }
         Ok(dsm)
     }
@@ -208,7 +211,7 @@ impl Dsm {
 
     /// A handle for shutting down from elsewhere.
     pub fn handle(&self) -> DsmHandle {
-        DsmHandle { shell: self.shell.clone() }
+        DsmHandle { shell: self.shell.clone(), threads: self.threads.clone() }
     }
 }
 
@@ -216,7 +219,8 @@ impl Drop for Dsm {
     fn drop(&mut self) {
         self.shell.shutdown();
         let me = thread::current().id();
-        for thread in self.threads.drain(..).filter(|t| t.thread().id() != me) {
+        let threads: Vec<_> = threads_of(&self.threads).drain(..).collect();
+        for thread in threads.into_iter().filter(|t| t.thread().id() != me) {
             if thread.join().is_err() {
                 tracing::error!("a memory thread panicked");
             }
@@ -228,6 +232,7 @@ impl Drop for Dsm {
 #[derive(Clone, Debug)]
 pub struct DsmHandle {
     shell: Arc<Shell>,
+    threads: Arc<Mutex<Vec<JoinHandle<()>>>>,
 }
 
 impl DsmHandle {
@@ -271,6 +276,70 @@ impl DsmHandle {
         self.shell.quiesce(limit)
     }
 
+    /// Pages may be brought in ahead again, and wishes to be rid of pages are heard: see [`Dsm::release`].
+    pub fn release(&self) {
+        self.shell.release();
+    }
+
+    /// There is a connection (channel 0 of the mesh) to somebody who is to become a member with the next
+    /// [`DsmHandle::change_table`]. Until then what happens to it harms nobody.
+    ///
+    /// # Errors
+    /// It is a peer already, or there is no thread.
+    pub fn connect(&self, peer: MemberId, stream: TcpStream) -> Result<(), HomesError> {
+        let link = self.shell.connect(peer, stream)?;
+        let shell = self.shell.clone();
+        let thread = thread::Builder::new()
+            .name(format!("dsm-recv-{}", peer.0))
+            .spawn(move || threads::receive(&shell, &link))
+            .map_err(|e| HomesError::Memory(e.to_string()))?;
+        let mut threads = threads_of(&self.threads);
+        threads.retain(|thread| !thread.is_finished());
+        threads.push(thread);
+        Ok(())
+    }
+
+    /// Ends the connection to somebody who is no member (any more).
+    ///
+    /// # Errors
+    /// It is a member.
+    pub fn disconnect(&self, peer: MemberId) -> Result<(), HomesError> {
+        self.shell.disconnect(peer)
+    }
+
+    /// What this home knows of its pages: at most `most` runs from address `from` on, and where the rest begins. All members
+    /// must be quiet ([`Dsm::quiesce`]), as for [`DsmHandle::inherit`].
+    pub fn entries(&self, from: u64, most: usize) -> (Vec<HomeRun>, Option<u64>) {
+        self.shell.entries(from, most)
+    }
+
+    /// Before the first [`DsmHandle::inherit`] of a change: pages in these ranges (start, length) are to be homed here, and
+    /// count as untouched unless that says otherwise.
+    pub fn begin_inherit(&self, ranges: &[(u64, u64)]) {
+        self.shell.engine.forget(&self.shell.layout, ranges);
+    }
+
+    /// What the old homes know of pages that are to be homed here. Nothing comes of it before the table changes.
+    ///
+    /// # Errors
+    /// It names members or pages that are not there, or pages homed here.
+    pub fn inherit(&self, runs: &[HomeRun]) -> Result<(), HomesError> {
+        self.shell.engine.inherit(&self.shell.layout, runs, self.shell.members())
+    }
+
+    /// The new table holds, here: all members must be quiet until it holds everywhere.
+    ///
+    /// # Errors
+    /// Nothing has changed.
+    pub fn change_table(&self, table: &Table) -> Result<(), HomesError> {
+        self.shell.change_table(table)
+    }
+
+    /// For at most about `limit`: asks all pages that are not homed here to go to their homes.
+    pub fn evict_all(&self, limit: Duration) -> Evicted {
+        self.shell.evict_all(limit)
+    }
+
     /// Says that a thread of this member is about to wait for something that another member does: for a few transfer
     /// times contended pages go to whom asks for them without a hold.
     pub fn soften(&self) {
@@ -282,6 +351,10 @@ impl DsmHandle {
     pub fn rest(&self, resting: bool) {
         self.shell.rest(resting);
     }
+}
+
+fn threads_of(threads: &Mutex<Vec<JoinHandle<()>>>) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+    threads.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Length of a page as a `usize`.

@@ -12,6 +12,7 @@ const DRIFT_PPM: u64 = 200;
 
 #[derive(Clone, Copy, Debug, Default)]
 struct State {
+    members: MemberSet,
     slots: Slots,
     /// The best estimate of the offset, and when it was made.
     estimate: Option<(i64, u64)>,
@@ -25,7 +26,6 @@ struct State {
 #[derive(Debug)]
 pub(super) struct Pace {
     me: MemberId,
-    members: MemberSet,
     transfers: u64,
     max: u64,
     state: Mutex<State>,
@@ -34,7 +34,8 @@ pub(super) struct Pace {
 impl Pace {
     pub(super) fn new(me: MemberId, members: MemberSet, hold: &HoldConfig) -> Pace {
         let max = u64::try_from(hold.max.as_nanos()).unwrap_or(u64::MAX);
-        Pace { me, members, transfers: u64::from(hold.transfers), max, state: Mutex::default() }
+        let state = Mutex::new(State { members, ..State::default() });
+        Pace { me, transfers: u64::from(hold.transfers), max, state }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -43,7 +44,15 @@ impl Pace {
 
     /// Whether `member` is the one that beats time.
     pub(super) fn is_led_by(&self, member: MemberId) -> bool {
-        self.members.iter().next() == Some(member)
+        self.state().members.iter().next() == Some(member)
+    }
+
+    /// There are other members; returns the slots that they have now.
+    pub(super) fn set_members(&self, members: MemberSet) -> Slots {
+        let mut state = self.state();
+        state.members = members;
+        state.slots.members = members;
+        state.slots
     }
 
     /// Time for the next beat of the leader: how long slots are from now on (0 while nothing is known), and the slots if
@@ -62,7 +71,7 @@ impl Pace {
         state.beaten = now;
         let shift = u64::from(state.slots.shift);
         if shift != 0 {
-            let round = (1 << shift) * u64::from(self.members.0.count_ones());
+            let round = (1 << shift) * u64::from(state.members.0.count_ones());
             let gang = u64::from(losses).saturating_mul(16).saturating_mul(round) / since;
             state.gang = (state.gang * 3 + gang.min(16 * 256)) / 4;
         }
@@ -74,7 +83,7 @@ impl Pace {
             return (state.slots.shift, None);
         }
         let nearest = u8::try_from((wanted / 3 * 4).max(1).ilog2()).unwrap_or(MAX_SHIFT);
-        let slots = Slots { shift: nearest.clamp(MIN_SHIFT, MAX_SHIFT), offset: 0, members: self.members };
+        let slots = Slots { shift: nearest.clamp(MIN_SHIFT, MAX_SHIFT), offset: 0, members: state.members };
         let is_new = slots != state.slots;
         state.slots = slots;
         (slots.shift, is_new.then_some(slots))
@@ -100,7 +109,7 @@ impl Pace {
         if state.slots.shift == shift && is_near {
             return None;
         }
-        state.slots = Slots { shift, offset, members: self.members };
+        state.slots = Slots { shift, offset, members: state.members };
         Some(state.slots)
     }
 }

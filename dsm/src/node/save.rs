@@ -114,6 +114,7 @@ impl Shell {
 
     pub(super) fn quiesce(&self, limit: Duration) -> Result<(), SaveError> {
         *self.held() = true;
+        self.engine.freeze(true);
         let quiet = self.wait_quiet(limit);
         if quiet.is_err() {
             self.release();
@@ -134,6 +135,7 @@ impl Shell {
     }
 
     pub(super) fn release(&self) {
+        self.engine.freeze(false);
         *self.held() = false;
     }
 
@@ -268,8 +270,7 @@ impl Shell {
         for gpa in addresses(runs) {
             let page = self.layout.page_at(gpa).ok_or(DsmError::NotHome { gpa })?;
             let mut shard = self.engine.shard(page);
-            let concerns_us =
-                holder == self.config().me || self.layout.home_of(page) == Some(self.config().me);
+            let concerns_us = holder == self.config().me || self.home_of(page) == Some(self.config().me);
             if concerns_us && !shard.core.adopt(page, holder) {
                 return Err(DsmError::InUse { gpa });
             }
@@ -279,7 +280,7 @@ impl Shell {
 
     /// Until all pages homed here have come, or the member stops.
     pub(super) fn prefetch(&self, runs: &[(u64, u32)], holder: MemberId) {
-        let is_ours = |p: &Page| self.layout.home_of(*p) == Some(self.config().me);
+        let is_ours = |p: &Page| self.home_of(*p) == Some(self.config().me);
         let pages = addresses(runs).filter_map(|gpa| self.layout.page_at(gpa).filter(is_ours));
         for (n, page) in pages.enumerate() {
             loop {

@@ -3,6 +3,7 @@
 use super::config::DsmConfig;
 use super::engine::Engine;
 use super::failure::{Cause, DsmFailure, Lost};
+use super::homes::HomesError;
 use super::keeper::Keeper;
 use super::pace::Pace;
 use super::recent::Recent;
@@ -17,8 +18,9 @@ use crate::region::{Fault, Kernel, Region, RegionError};
 use crate::stats::{DsmSnapshot, FaultLog, FaultRecord, PeerTraffic};
 use crate::transport::frame::Header;
 use crate::transport::link::{Flush, Link};
+use arc_swap::ArcSwapOption;
 use std::net::TcpStream;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
@@ -40,11 +42,17 @@ struct Report {
 /// `log` are taken alone.
 pub(super) struct Shell {
     cfg: DsmConfig,
+    /// The pages and their addresses. The homes are those of the start: [`Shell::home_of`] knows those that hold.
     pub(super) layout: Arc<Layout>,
-    members: MemberSet,
+    pub(super) homes: Mutex<Arc<Layout>>,
+    /// Number of the table that holds, and the members in it ([`MemberSet`]).
+    epoch: AtomicU64,
+    members: AtomicU64,
     pub(super) region: Region,
     pub(super) engine: Engine,
-    links: Vec<Option<Link>>,
+    /// By member. Who has a link and is no member is about to become one, or is on its way out: what happens to it harms
+    /// nobody.
+    links: Vec<ArcSwapOption<Link>>,
     keeper: Keeper,
     pace: Pace,
     state: AtomicU8,
@@ -75,7 +83,7 @@ impl Env for Shell {
     }
 
     fn epoch(&self) -> Epoch {
-        self.cfg.epoch
+        Shell::epoch(self)
     }
 
     fn layout(&self) -> &Layout {
@@ -87,7 +95,7 @@ impl Env for Shell {
     }
 
     fn push(&self, to: MemberId, header: &Header) -> bool {
-        self.link(to).map(|link| link.push(header)).is_some()
+        self.with_link(to, |link| link.push(header)).is_some()
     }
 
     fn push_page(
@@ -95,7 +103,7 @@ impl Env for Shell {
         to: MemberId,
         fill: impl FnOnce(&mut Vec<u8>) -> Result<Header, RegionError>,
     ) -> Result<bool, RegionError> {
-        self.link(to).map(|link| link.push_page(fill)).transpose().map(|pushed| pushed.is_some())
+        self.with_link(to, |link| link.push_page(fill)).transpose().map(|pushed| pushed.is_some())
     }
 
     fn set_timer(&self, at: u64, page: Page) {
@@ -124,7 +132,7 @@ impl Env for Shell {
         }
         for peer in talk.iter() {
             let Some(link) = self.link(peer) else { continue };
-            if link.has_left() {
+            if link.has_left() && self.members().has(peer) {
                 self.fail(Some(peer), Cause::Left);
                 continue;
             }
@@ -137,6 +145,11 @@ impl Env for Shell {
     }
 }
 
+fn make_link(cfg: &DsmConfig, peer: MemberId, stream: TcpStream, now: u64) -> Link {
+    let make = if cfg.reconnect.is_some() { Link::keeping } else { Link::new };
+    make(peer, stream, now)
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -145,18 +158,17 @@ impl Shell {
     pub(super) fn new(cfg: DsmConfig, streams: Vec<(MemberId, TcpStream)>) -> Result<Shell, DsmError> {
         let layout = Arc::new(Layout::new(&cfg.memory)?);
         let members = cfg.member_set()?;
-        let mut links: Vec<Option<Link>> = (0..MAX_MEMBERS).map(|_| None).collect();
+        let links: Vec<ArcSwapOption<Link>> = (0..MAX_MEMBERS).map(|_| ArcSwapOption::empty()).collect();
         for (peer, stream) in streams {
-            match links.get_mut(usize::from(peer.0)) {
-                Some(slot @ None) if members.has(peer) && peer != cfg.me => {
-                    let make = if cfg.reconnect.is_some() { Link::keeping } else { Link::new };
-                    *slot = Some(make(peer, stream, 0));
+            match links.get(usize::from(peer.0)) {
+                Some(slot) if slot.load().is_none() && members.has(peer) && peer != cfg.me => {
+                    slot.store(Some(Arc::new(make_link(&cfg, peer, stream, 0))));
                 }
                 _ => return Err(DsmError::Links(peer)),
             }
         }
         for peer in members.without(cfg.me).iter() {
-            if links.get(usize::from(peer.0)).is_none_or(Option::is_none) {
+            if links.get(usize::from(peer.0)).is_none_or(|link| link.load().is_none()) {
                 return Err(DsmError::Links(peer));
             }
         }
@@ -173,8 +185,10 @@ impl Shell {
         Ok(Shell {
             engine: Engine::new(&core, SHARD_BITS, cfg.budget.map(|bytes| bytes / PAGE_SIZE)),
             pace: Pace::new(cfg.me, members, &cfg.hold),
-            layout: layout.clone(),
-            members,
+            homes: Mutex::new(layout.clone()),
+            layout,
+            epoch: AtomicU64::new(cfg.epoch.0),
+            members: AtomicU64::new(members.0),
             region,
             links,
             keeper: Keeper::new().map_err(|source| DsmError::Start { what: "the timer", source })?,
@@ -202,19 +216,64 @@ impl Shell {
     }
 
     pub(super) fn members(&self) -> MemberSet {
-        self.members
+        MemberSet(self.members.load(Ordering::Acquire))
+    }
+
+    /// Number of the table of members and homes that holds.
+    pub(super) fn epoch(&self) -> Epoch {
+        Epoch(self.epoch.load(Ordering::Acquire))
+    }
+
+    /// Another table holds from now on.
+    pub(super) fn set_table(&self, epoch: Epoch, members: MemberSet) {
+        self.members.store(members.0, Ordering::Release);
+        self.epoch.store(epoch.0, Ordering::Release);
+        let slots = self.pace.set_members(members);
+        self.engine.set_slots(self, self.now(), slots);
+    }
+
+    /// There is a connection to somebody who may become a member.
+    pub(super) fn connect(&self, peer: MemberId, stream: TcpStream) -> Result<Arc<Link>, HomesError> {
+        let free = self.links.get(usize::from(peer.0)).filter(|slot| {
+            peer != self.cfg.me
+                && !self.members().has(peer)
+                && slot.load().as_ref().is_none_or(|l| l.has_ended())
+        });
+        let slot = free.ok_or(HomesError::Peer(peer))?;
+        let link = Arc::new(make_link(&self.cfg, peer, stream, self.now()));
+        slot.store(Some(link.clone()));
+        Ok(link)
+    }
+
+    /// The connection to somebody who is no member ends.
+    pub(super) fn disconnect(&self, peer: MemberId) -> Result<(), HomesError> {
+        if self.members().has(peer) {
+            return Err(HomesError::Peer(peer));
+        }
+        if let Some(slot) = self.links.get(usize::from(peer.0))
+            && let Some(link) = slot.swap(None)
+        {
+            link.set_left();
+            link.close();
+        }
+        Ok(())
     }
 
     pub(super) fn keeper(&self) -> &Keeper {
         &self.keeper
     }
 
-    pub(super) fn links(&self) -> impl Iterator<Item = &Link> {
-        self.links.iter().flatten()
+    pub(super) fn links(&self) -> impl Iterator<Item = Arc<Link>> {
+        self.links.iter().filter_map(ArcSwapOption::load_full)
     }
 
-    pub(super) fn link(&self, peer: MemberId) -> Option<&Link> {
-        self.links.get(usize::from(peer.0))?.as_ref()
+    pub(super) fn link(&self, peer: MemberId) -> Option<Arc<Link>> {
+        self.links.get(usize::from(peer.0))?.load_full()
+    }
+
+    /// The same without counting who has it.
+    fn with_link<T>(&self, peer: MemberId, work: impl FnOnce(&Link) -> T) -> Option<T> {
+        self.links.get(usize::from(peer.0))?.load().as_ref().map(|link| work(link))
     }
 
     /// Nanoseconds since the start.
@@ -305,7 +364,7 @@ impl Shell {
         }
         let mut talk = MemberSet::EMPTY;
         for link in self.links().filter(|l| shift != 0 && !l.has_left() && l.full_since() == 0) {
-            link.push(&Header::beat(self.cfg.me, self.cfg.epoch, self.now(), shift));
+            link.push(&Header::beat(self.cfg.me, self.epoch(), self.now(), shift));
             talk = talk.with(link.peer());
         }
         talk
@@ -334,7 +393,7 @@ impl Shell {
         let mut gpa = gpa;
         let mut rest = bytes;
         while !rest.is_empty() {
-            let page = self.layout.page_at(gpa).filter(|p| self.layout.home_of(*p) == Some(self.cfg.me));
+            let page = self.layout.page_at(gpa).filter(|p| self.home_of(*p) == Some(self.cfg.me));
             let page = page.ok_or(DsmError::NotHome { gpa })?;
             let at = usize::try_from(gpa % PAGE_SIZE).unwrap_or(0);
             let mut shard = self.engine.shard(page);
@@ -384,6 +443,12 @@ impl Shell {
 
     /// Stops answering and tells the handler, once. The caller holds no shard's lock.
     pub(super) fn fail(&self, peer: Option<MemberId>, cause: Cause) {
+        if let Some(peer) = peer.filter(|peer| !self.members().has(*peer)) {
+            tracing::info!("{peer}, which is not (or no longer) a member: {cause}");
+            // It is no member, so that can't fail.
+            let _ = self.disconnect(peer);
+            return;
+        }
         if self.state.compare_exchange(RUNNING, FAILED, Ordering::AcqRel, Ordering::Acquire).is_err() {
             return;
         }
@@ -426,7 +491,7 @@ impl Shell {
         if before == STOPPED {
             return;
         }
-        let bye = Header::bye(self.cfg.me, self.cfg.epoch);
+        let bye = Header::bye(self.cfg.me, self.epoch());
         for link in self.links() {
             if before == RUNNING {
                 link.finish(&bye, self.now());

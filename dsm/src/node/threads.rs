@@ -4,7 +4,7 @@ use super::failure::Cause;
 use super::resume;
 use super::shell::Shell;
 use crate::addr::MemberId;
-use crate::protocol::MemberSet;
+use crate::protocol::{MemberSet, Msg};
 use crate::transport::frame::{Frame, Header, Rules};
 use crate::transport::link::Link;
 use crate::transport::reader::{FrameReader, ReadError};
@@ -49,7 +49,7 @@ impl Task {
             Task::Faults(shard) => faults(shell, shard),
             Task::Receive(peer) => {
                 if let Some(link) = shell.link(peer) {
-                    receive(shell, link);
+                    receive(shell, &link);
                 }
             }
             Task::Keep => super::keeper::run(shell),
@@ -76,16 +76,17 @@ fn faults(shell: &Shell, shard: usize) {
     }
 }
 
-fn receive(shell: &Shell, link: &Link) {
+pub(super) fn receive(shell: &Shell, link: &Link) {
     let peer = link.peer();
-    let rules = Rules { peer, epoch: shell.config().epoch, layout: shell.layout(), members: shell.members() };
-    while let Err(cause) = frames(shell, link, &rules)
+    while let Err(cause) = frames(shell, link)
         && shell.is_running()
     {
         let is_broken = matches!(cause, Cause::Disconnected(_)) && resume::is_enabled(shell, peer);
-        let result = if is_broken { resume::resume(shell, link, &rules, cause) } else { Err(cause) };
+        let result =
+            if is_broken { resume::resume(shell, link, &rules(shell, peer), cause) } else { Err(cause) };
         if let Err(cause) = result
             && shell.is_running()
+            && !link.has_left()
         {
             shell.fail(Some(peer), cause);
             break;
@@ -99,8 +100,13 @@ fn receive(shell: &Shell, link: &Link) {
     link.set_ended();
 }
 
+/// What the peer may say now: members and homes change.
+fn rules(shell: &Shell, peer: MemberId) -> Rules<'_> {
+    Rules { peer, epoch: shell.epoch(), layout: shell.layout(), members: shell.members() }
+}
+
 /// Reads frames until the member stops or the peer has left in order.
-fn frames(shell: &Shell, link: &Link, rules: &Rules<'_>) -> Result<(), Cause> {
+fn frames(shell: &Shell, link: &Link) -> Result<(), Cause> {
     let peer = link.peer();
     let stream = link.stream();
     let mut reader = FrameReader::new(&*stream);
@@ -126,10 +132,14 @@ fn frames(shell: &Shell, link: &Link, rules: &Rules<'_>) -> Result<(), Cause> {
         if link.keeps() && unsaid >= SAY {
             // Who only receives would let the peer keep everything.
             unsaid = 0;
-            link.push(&Header::ping(shell.config().me, rules.epoch));
+            link.push(&Header::ping(shell.config().me, shell.epoch()));
             talk = talk.with(peer);
         }
-        match header.decode(rules, || ()).map_err(|e| Cause::Violation(e.to_string()))? {
+        match header.decode(&rules(shell, peer), || ()).map_err(|e| Cause::Violation(e.to_string()))? {
+            Frame::Page(_, Msg::Put { .. }) if !shell.members().has(peer) => {}
+            Frame::Page(..) if !shell.members().has(peer) => {
+                return Err(Cause::Violation("it speaks of pages and is no member".into()));
+            }
             Frame::Page(page, msg) => {
                 answered += 1;
                 talk = MemberSet(talk.0 | shell.message(peer, page, msg, bytes).0);

@@ -222,7 +222,9 @@ pub struct CoreConfig {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Core<D> {
     pub(super) me: MemberId,
-    layout: Arc<Layout>,
+    pub(super) layout: Arc<Layout>,
+    /// Nothing begins by itself: see [`super::homes`].
+    pub(super) frozen: bool,
     share: Share,
     first_touch: u32,
     pub(super) cache: Cache<D>,
@@ -242,6 +244,7 @@ impl<D> Core<D> {
             cache: Cache::new(me, share, pages, Hold::new(&hold), token_key),
             directory: Directory::new(me, share, pages),
             layout,
+            frozen: false,
             fx: Effects { me, commands: Vec::new(), to_self: VecDeque::new() },
         }
     }
@@ -273,6 +276,7 @@ impl<D> Core<D> {
                     self.cache.fault(now, page, write, home, &mut self.fx);
                 }
             }
+            Event::Hint { .. } | Event::Ahead { .. } | Event::Evict { .. } if self.frozen => {}
             Event::Hint { page, write, insist } => {
                 let Some(home) = self.home(page) else { return Ok(()) };
                 let reason = Reason { write, ahead: true, hint: !insist };
@@ -339,6 +343,7 @@ impl<D> Core<D> {
             Msg::Done { token } => {
                 return self.directory.done(page, from, token, fx).map_err(|b| b.on(page));
             }
+            Msg::Put { .. } if self.frozen => Ok(()),
             Msg::Put { token } => {
                 if self.directory.put(page, from, token, fx) {
                     // The last copy comes home as any page does.

@@ -53,6 +53,36 @@ fn unpack([sharers, word]: Packed) -> Holders {
     }
 }
 
+/// What a directory says of a page that somebody has touched, to be told to another home.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+pub struct Entry(Packed);
+
+impl Entry {
+    /// Whether it makes sense and names no other members than these.
+    pub fn is_about(&self, members: MemberSet) -> bool {
+        let [sharers_of, word] = self.0;
+        let plain = [sharers_of, word & !SAVED];
+        match unpack(self.0) {
+            Holders::Untouched => false,
+            Holders::Modified { owner } => members.has(owner) && self.0 == pack(Holders::Modified { owner }),
+            Holders::Shared { owner, sharers } => {
+                sharers.has(owner)
+                    && sharers.0 & !members.0 == 0
+                    && plain == pack(Holders::Shared { owner, sharers })
+            }
+        }
+    }
+
+    /// Whether this member has the page.
+    pub fn names(&self, member: MemberId) -> bool {
+        match unpack(self.0) {
+            Holders::Untouched => false,
+            Holders::Modified { owner } => owner == member,
+            Holders::Shared { sharers, .. } => sharers.has(member),
+        }
+    }
+}
+
 /// What somebody asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Request {
@@ -108,6 +138,19 @@ impl Directory {
     pub(super) fn set(&mut self, page: Page, holders: Holders) {
         if let Some(entry) = self.entries.get_mut(self.share.slot(page)) {
             *entry = pack(holders);
+        }
+    }
+
+    /// All that is known of a page that somebody has touched.
+    pub(super) fn entry(&self, page: Page) -> Option<Entry> {
+        let packed = self.entries.get(self.share.slot(page)).copied().unwrap_or([0, 0]);
+        (packed != [0, 0]).then_some(Entry(packed))
+    }
+
+    /// Takes over what another home knew of a page.
+    pub(super) fn set_entry(&mut self, page: Page, entry: Option<Entry>) {
+        if let Some(place) = self.entries.get_mut(self.share.slot(page)) {
+            *place = entry.map_or([0, 0], |entry| entry.0);
         }
     }
 

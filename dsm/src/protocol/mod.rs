@@ -32,6 +32,7 @@ mod core;
 pub mod cut;
 pub mod directory;
 pub mod hold;
+pub mod homes;
 pub mod message;
 pub mod pages;
 pub mod slots;

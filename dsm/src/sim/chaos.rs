@@ -2,8 +2,9 @@
 
 use super::member::Member;
 use super::plan::{Chaos, Forgery, US};
+use super::rehome;
 use super::sched::Event;
-use super::world::{MustFail, World, new_reader};
+use super::world::{EPOCH, MustFail, World, new_reader};
 use crate::addr::{Epoch, MemberId};
 use crate::layout::Page;
 use crate::protocol::cache::State;
@@ -39,6 +40,16 @@ pub(super) fn happen(world: &World, n: usize) {
                 }
             }
             world.sched.at(until, Event::Heal { a, b });
+        }
+        // The locks that it needs are taken.
+        Chaos::Rehome | Chaos::PushOut { .. } if world.members.iter().any(|m| m.is_busy.get()) => {
+            world.sched.after(US, Event::Chaos(n));
+        }
+        Chaos::Rehome => rehome::begin(world),
+        Chaos::PushOut { member } => {
+            if let Some(member) = world.member(member) {
+                rehome::push_out(world, member);
+            }
         }
         Chaos::Crash { member, broken } => crash(world, member, broken),
         Chaos::Cut { a, b, broken } => {
@@ -118,7 +129,7 @@ fn crash(world: &World, number: u16, broken: bool) {
 
 /// A page whose home is, or is not, `member`; any page if there is none.
 fn page_of(world: &World, member: u16, is_home: bool) -> Option<Page> {
-    let home = |p: &Page| (world.layout.home_of(*p) == Some(MemberId(member))) == is_home;
+    let home = |p: &Page| (world.homes.borrow().home_of(*p) == Some(MemberId(member))) == is_home;
     (0..world.layout.pages()).map(Page).find(home)
 }
 
@@ -128,7 +139,7 @@ fn forge(world: &World, from: u16, to: u16, what: Forgery) {
     let token = Token(world.sched.rng.next());
     let terms = Terms { token, right: Right::Modified, acks: MemberSet::EMPTY, done: true };
     let requester = MemberId(from);
-    let (me, epoch, stale) = (MemberId(from), world.epoch, Epoch(world.epoch.0 - 1));
+    let (me, epoch, stale) = (MemberId(from), EPOCH, Epoch(EPOCH.0 - 1));
     let homed = page_of(world, to, true);
     let foreign = page_of(world, from, false);
     let any = Page(0);
@@ -163,7 +174,8 @@ fn forge(world: &World, from: u16, to: u16, what: Forgery) {
 /// At rest nobody waits, nothing is in flight, and the directory says what the memories hold.
 pub(super) fn agree(world: &World) -> Result<(), String> {
     for page in (0..world.layout.pages()).map(Page) {
-        let Some(home) = world.layout.home_of(page).and_then(|h| world.member(h.0)) else { continue };
+        let home = world.homes.borrow().home_of(page);
+        let Some(home) = home.and_then(|h| world.member(h.0)) else { continue };
         let shard = home.engine.shard(page);
         if shard.core.directory().is_busy(page) {
             return Err(format!("the transaction of page {} never ends", page.0));

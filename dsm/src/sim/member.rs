@@ -46,6 +46,8 @@ struct Handling {
 /// A member.
 pub(super) struct Member {
     pub(super) number: u16,
+    /// Number of the table of homes that it has.
+    pub(super) epoch: Cell<Epoch>,
     pub(super) engine: Engine,
     pub(super) memory: RefCell<Memory>,
     pub(super) peers: Vec<Option<Peer>>,
@@ -89,6 +91,7 @@ impl Member {
         let pages = core.layout.pages();
         Member {
             number,
+            epoch: Cell::new(super::world::EPOCH),
             engine: Engine::new(core, 0, budget),
             memory: RefCell::new(Memory::new(pages)),
             peers,
@@ -293,7 +296,7 @@ impl Env for Place<'_> {
     }
 
     fn epoch(&self) -> Epoch {
-        self.world.epoch
+        self.member.epoch.get()
     }
 
     fn layout(&self) -> &Layout {

@@ -72,6 +72,11 @@ impl Memory {
         self.sleepers.push(Sleeper { thread, page, write, is_read: false });
     }
 
+    /// Whether nobody waits for a page.
+    pub(super) fn is_idle(&self) -> bool {
+        self.sleepers.is_empty()
+    }
+
     /// Reads faults from the userfaultfd: each once, at most `max`.
     pub(super) fn read_faults(&mut self, max: usize, mut out: impl FnMut(Fault)) {
         for sleeper in self.sleepers.iter_mut().filter(|s| !s.is_read).take(max) {

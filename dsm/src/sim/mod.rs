@@ -7,6 +7,7 @@
 //! - [`memory`]: userfaultfd. [`net`]: connections.
 //! - [`member`]: a member, put together. [`workload`]: what its threads do.
 //! - [`world`]: who does what next. [`chaos`]: what goes wrong meanwhile; [`plan`]: what of it a seed stands for.
+//!   [`rehome`]: other homes meanwhile.
 //! - [`truth`]: what every access must see and who may have what; [`trace`]: the story of a run.
 //! - [`runner`]: many seeds. [`scale`]: many members, and nothing goes wrong.
 //!
@@ -20,6 +21,7 @@ mod member;
 mod memory;
 mod net;
 mod plan;
+mod rehome;
 mod rng;
 mod runner;
 pub(crate) mod scale;

@@ -64,6 +64,10 @@ pub(super) enum Chaos {
     Cut { a: u16, b: u16, broken: bool },
     /// The connection of two members breaks, what is on its way is lost, and they connect again.
     Blip { a: u16, b: u16, until: u64 },
+    /// Pages get other homes.
+    Rehome,
+    /// A member asks all its pages to go.
+    PushOut { member: u16 },
     /// A member sends a frame that it should not.
     Forge { from: u16, to: u16, what: Forgery },
 }
@@ -150,6 +154,12 @@ impl Plan {
                     1 => (at, Chaos::Stop { member: from, until }),
                     _ => (at, Chaos::Slow { member: from, factor: rng.range(2, 50) }),
                 });
+            }
+        }
+        if rng.chance(300) {
+            for _ in 0..rng.range(1, 4) {
+                self.chaos.push((rng.below(3 * MS), Chaos::Rehome));
+                self.chaos.push((rng.below(3 * MS), Chaos::PushOut { member: rng.member(members) }));
             }
         }
         if rng.chance(250) {

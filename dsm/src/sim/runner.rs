@@ -83,6 +83,9 @@ pub struct SimTally {
     pub yields: u64,
     /// Pages that were asked to go.
     pub evictions: u64,
+    /// Times that pages got other homes.
+    #[serde(default)]
+    pub rehomed: u64,
     /// Times that a member rested or was about to wait for another.
     pub rests: u64,
     /// Runs in which a member crashed, a connection broke or a forged frame was sent.
@@ -107,6 +110,7 @@ impl SimTally {
         self.hints += t.hints;
         self.declined += t.declined;
         self.evictions += t.evictions;
+        self.rehomed += t.rehomed;
         self.fatal += u64::from(is_fatal);
     }
 }

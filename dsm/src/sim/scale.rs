@@ -51,7 +51,7 @@ pub(crate) fn record(load: Load, seed: u64) -> Result<Recording, String> {
     Ok(Recording {
         events: world.record.take().map(RefCell::into_inner).unwrap_or_default(),
         layout: world.layout.clone(),
-        epoch: world.epoch,
+        epoch: super::world::EPOCH,
         cores: world.cores,
         faults: tally.waits,
         waited: tally.waited,

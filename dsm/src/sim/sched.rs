@@ -28,6 +28,10 @@ pub(super) enum Event {
     Chaos(usize),
     /// Two members connect again.
     Heal { a: u16, b: u16 },
+    /// Homes are to change: another look whether all is quiet.
+    Rehome,
+    /// A member takes the new table of homes.
+    Switch { member: u16 },
     /// Everybody who waits is looked at.
     Watch,
 }
@@ -42,8 +46,9 @@ impl Event {
             | Event::Timer { member, .. }
             | Event::Rest { member }
             | Event::Soften { member }
+            | Event::Switch { member }
             | Event::Slots { member, .. } => Some(member),
-            Event::Chaos(_) | Event::Heal { .. } | Event::Watch => None,
+            Event::Chaos(_) | Event::Heal { .. } | Event::Rehome | Event::Watch => None,
         }
     }
 }

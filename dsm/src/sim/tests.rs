@@ -23,6 +23,7 @@ fn a_few_hundred_seeds_are_clean() {
         t.yields,
         t.rests,
         t.evictions,
+        t.rehomed,
         t.hints,
         t.declined,
         t.resumed,

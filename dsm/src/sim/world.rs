@@ -8,6 +8,7 @@ use super::chaos;
 use super::member::{Failure, Member, Peer, Place};
 use super::net::{Pipe, Stream};
 use super::plan::{MS, Plan};
+use super::rehome::{self, Rehoming};
 use super::sched::{Event, Sched};
 use super::trace::Trace;
 use super::truth::{Truth, WORDS};
@@ -29,6 +30,8 @@ use std::sync::Arc;
 
 /// Commands whose steps may be interrupted while the steps of another one are.
 const DEPTH: u32 = 3;
+/// Number of the first table of homes.
+pub(super) const EPOCH: Epoch = Epoch(7);
 /// Time between two looks at those who wait.
 const WATCH: u64 = 20 * MS;
 
@@ -50,6 +53,7 @@ pub(super) struct Tally {
     pub(super) hints: u64,
     pub(super) declined: u64,
     pub(super) evictions: u64,
+    pub(super) rehomed: u64,
     pub(super) rests: u64,
     /// Accesses that had to wait, and how long all of them together, in nanoseconds.
     pub(super) waits: u64,
@@ -82,12 +86,14 @@ pub(super) struct World {
     pub(super) plan: Plan,
     pub(super) sched: Rc<Sched>,
     pub(super) layout: Arc<Layout>,
-    pub(super) epoch: Epoch,
+    /// The same pages with the homes that they have now.
+    pub(super) homes: RefCell<Arc<Layout>>,
+    pub(super) rehoming: Rehoming,
     pub(super) members: Vec<Member>,
     pub(super) truth: RefCell<Truth>,
     pub(super) trace: Trace,
     pages: Vec<Page>,
-    set: MemberSet,
+    pub(super) set: MemberSet,
     depth: Cell<u32>,
     tally: Cell<Tally>,
     verdict: RefCell<Option<Verdict>>,
@@ -149,7 +155,8 @@ impl World {
             trace: Trace::new(trace),
             pages: (0..layout.pages()).map(Page).collect(),
             set: MemberSet(u64::MAX >> (64 - members.clamp(1, 64))),
-            epoch: Epoch(7),
+            homes: RefCell::new(layout.clone()),
+            rehoming: Rehoming::default(),
             depth: Cell::default(),
             tally: Cell::default(),
             verdict: RefCell::default(),
@@ -185,7 +192,7 @@ impl World {
         if !self.trace.is_on() {
             return;
         }
-        match header.decode(&self.rules(from), || ()) {
+        match header.decode(&self.rules(from, from), || ()) {
             Ok(Frame::Page(page, msg)) => self.trace(Some(from), Some(page), || format!("to {to}: {msg:?}")),
             other => self.trace(Some(from), None, || format!("to {to}: {other:?}")),
         }
@@ -203,8 +210,10 @@ impl World {
         self.members.get(usize::from(number))
     }
 
-    fn rules(&self, peer: u16) -> Rules<'_> {
-        Rules { peer: MemberId(peer), epoch: self.epoch, layout: &self.layout, members: self.set }
+    /// What `peer` may say to `me`.
+    fn rules(&self, me: u16, peer: u16) -> Rules<'_> {
+        let epoch = self.member(me).map_or(EPOCH, |m| m.epoch.get());
+        Rules { peer: MemberId(peer), epoch, layout: &self.layout, members: self.set }
     }
 
     /// Runs to the end of the workload, or to the first thing that is wrong.
@@ -345,6 +354,7 @@ impl World {
                 return match event {
                     Event::Chaos(n) => chaos::happen(self, n),
                     Event::Heal { a, b } => chaos::heal(self, a, b),
+                    Event::Rehome => rehome::look(self),
                     _ => self.watch(),
                 };
             }
@@ -353,12 +363,17 @@ impl World {
             return self.sched.at(member.stopped_until.get(), event);
         }
         match event {
-            Event::Chaos(_) | Event::Heal { .. } | Event::Watch => {}
+            Event::Chaos(_) | Event::Heal { .. } | Event::Rehome | Event::Watch => {}
+            Event::Step { .. } if self.rehoming.is_on.get() => {
+                self.rehoming.parked.borrow_mut().push(event);
+            }
+
             Event::Step { thread, .. } => self.step(member, thread),
             Event::Flush { to, .. } if !member.is_queueing.get() => self.flush(member, to),
             // The lock that it needs is taken.
             _ if member.is_busy.get() => member.backlog.borrow_mut().push(event),
             Event::Flush { .. } => member.backlog.borrow_mut().push(event),
+            Event::Switch { .. } => rehome::switch(self, member),
             Event::Faults { .. } => self.faults(member),
             Event::Receive { from, .. } => self.receive(member, from),
             // The keeper is one thread; the next timer waits for it.
@@ -476,7 +491,7 @@ impl World {
                 self.count(|t| t.frames += 1);
                 peer.link.note_message();
                 peer.link.acknowledged(header.received());
-                match header.decode(&self.rules(from), || ()) {
+                match header.decode(&self.rules(member.number, from), || ()) {
                     Ok(Frame::Page(page, msg)) => {
                         self.trace(Some(member.number), Some(page), || format!("from {from}: {msg:?}"));
                         let bytes = bytes.to_vec();
