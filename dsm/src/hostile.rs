@@ -8,7 +8,7 @@ use crate::layout::{Layout, Page};
 use crate::protocol::hold::HoldConfig;
 use crate::protocol::pages::Share;
 use crate::protocol::{Command, Core, CoreConfig, Event, MemberSet};
-use crate::transport::frame::{Frame, HEADER_LEN, Header, Rules};
+use crate::transport::frame::{Frame, HEADER_LEN, Header, MAX_FRAME, Rules};
 use crate::transport::reader::FrameReader;
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,7 +35,7 @@ pub fn frames(stream: &[u8]) -> usize {
     let mut reader = FrameReader::with_capacity(stream, 0);
     let mut accepted = 0;
     while let Ok((header, bytes)) = reader.next(|_| ()) {
-        assert!(bytes.len() <= 4096, "a frame of {} bytes", bytes.len());
+        assert!(bytes.len() <= MAX_FRAME - HEADER_LEN, "a frame of {} bytes", bytes.len());
         if header.decode(&rules, || bytes.len()).is_err() {
             break;
         }
@@ -63,40 +63,46 @@ pub fn core(mut data: &[u8]) -> usize {
         data = rest;
         now += 1024;
         let page = Page(u32::from(choice >> 4) % (3 * PAGES));
-        let event = match choice % 8 {
-            0 => Event::Fault { page, write: false },
-            1 => Event::Fault { page, write: true },
-            2 => Event::Timer { page },
-            3 => Event::Evict { page },
-            _ => match message(&mut data, *choice, &rules) {
-                Some((page, msg)) => Event::Message { from: HOSTILE, page, msg },
-                None => continue,
-            },
+        let events = match choice % 8 {
+            0 => vec![Event::Fault { page, write: false }],
+            1 => vec![Event::Fault { page, write: true }],
+            2 => vec![Event::Timer { page }],
+            3 => vec![Event::Evict { page }],
+            _ => messages(&mut data, *choice, &rules),
         };
-        let is_hostile = matches!(event, Event::Message { .. });
-        if let Err(violation) = core.handle(now, event, &mut out) {
-            assert_eq!(violation.from, HOSTILE, "{violation}");
-            return accepted;
-        }
-        accepted += usize::from(is_hostile);
-        for command in out.drain(..) {
-            check(&layout, &command);
+        for event in events {
+            let is_hostile = matches!(event, Event::Message { .. });
+            if let Err(violation) = core.handle(now, event, &mut out) {
+                assert_eq!(violation.from, HOSTILE, "{violation}");
+                return accepted;
+            }
+            accepted += usize::from(is_hostile);
+            for command in out.drain(..) {
+                check(&layout, &command);
+            }
         }
     }
     accepted
 }
 
-/// The next message. What makes a frame pass at all is put right, so that chance gets further.
-fn message(data: &mut &[u8], choice: u8, rules: &Rules<'_>) -> Option<(Page, crate::protocol::Msg<()>)> {
-    let (bytes, rest) = data.split_at_checked(HEADER_LEN)?;
+/// What the next frame says. What makes a frame pass at all is put right, so that chance gets further.
+fn messages(data: &mut &[u8], choice: u8, rules: &Rules<'_>) -> Vec<Event<()>> {
+    let Some((bytes, rest)) = data.split_at_checked(HEADER_LEN) else { return Vec::new() };
     *data = rest;
-    let mut header = Header::read_from_bytes(bytes).ok()?;
+    let Ok(mut header) = Header::read_from_bytes(bytes) else { return Vec::new() };
     if choice & 8 == 0 {
         header.make_plausible(HOSTILE, EPOCH, u64::from(3 * PAGES));
     }
+    let event = |(page, msg)| Event::Message { from: HOSTILE, page, msg };
     match header.decode(rules, || ()) {
-        Ok(Frame::Page(page, msg)) => Some((page, msg)),
-        _ => None,
+        Ok(Frame::Page(page, msg)) => vec![event((page, msg))],
+        Ok(Frame::Run(run)) => {
+            let len = header.payload_len().map_or(0, |len| len.min(data.len()));
+            let (payload, rest) = data.split_at(len);
+            *data = rest;
+            run.messages(payload).map(event).collect()
+        }
+        _ => Vec::new(),
     }
 }
 

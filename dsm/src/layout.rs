@@ -1,6 +1,7 @@
 //! Which guest-physical pages exist and where their homes are: dense page numbers for everything below.
 
 use crate::addr::{HomeRange, MAX_MEMBERS, MemberId, PAGE_SIZE};
+use std::ops::Range;
 use thiserror::Error;
 
 /// Number of a page: its position in the memory, counted over all ranges in ascending order of address.
@@ -127,10 +128,18 @@ impl Layout {
         runs
     }
 
-    /// The pages behind a page, in its range.
-    pub fn following(&self, page: Page) -> impl Iterator<Item = Page> + use<> {
+    /// The numbers of the pages behind a page, in its range.
+    pub fn following(&self, page: Page) -> Range<u32> {
         let end = self.span_of(page).map_or(0, |s| s.first + s.pages);
-        (page.0.saturating_add(1)..end).map(Page)
+        page.0.saturating_add(1)..end
+    }
+
+    /// Whether `count` pages from `page` on exist and lie behind each other, whatever their homes.
+    pub fn is_run(&self, page: Page, count: u32) -> bool {
+        let last = page.0.checked_add(count).and_then(|behind| behind.checked_sub(1)).map(Page);
+        last.filter(|last| last.0 < self.pages).is_some_and(|last| {
+            self.gpa_of(last) == self.gpa_of(page) + u64::from(count.saturating_sub(1)) * PAGE_SIZE
+        })
     }
 
     fn span_of(&self, page: Page) -> Option<&Span> {
@@ -159,9 +168,16 @@ mod tests {
         assert_eq!(layout.home_of(Page(1)), Some(MemberId(0)));
         assert_eq!(layout.home_of(Page(2)), Some(MemberId(1)));
         assert_eq!(layout.home_of(Page(5)), None);
-        assert!(layout.following(Page(0)).eq([Page(1)]));
-        assert!(layout.following(Page(2)).eq([Page(3), Page(4)]));
+        assert!(layout.following(Page(0)).eq([1]));
+        assert!(layout.following(Page(2)).eq([3, 4]));
         assert!(layout.following(Page(9)).next().is_none());
+        assert!(layout.is_run(Page(0), 2) && layout.is_run(Page(2), 3));
+        assert!(!layout.is_run(Page(0), 3), "over the hole");
+        let cut = Layout::new(&[range(0, 0x2000, 0), range(0x2000, 0x1000, 1)]).unwrap();
+        assert!(cut.is_run(Page(0), 3), "whatever their homes");
+        assert!(
+            !layout.is_run(Page(3), 3) && !layout.is_run(Page(5), 1) && !layout.is_run(Page(4), u32::MAX)
+        );
     }
 
     #[test]

@@ -45,17 +45,19 @@ pub enum SeededFault {
     LostEntry,
     /// A page is given up at once, however short it was here.
     NoHold,
+    /// Of a run of pages that are given up only the first is write-protected.
+    ShortProtect,
 }
 
 use SeededFault::{
     AckBeforeDrop, BrokenFifo, CopyThenProtect, DoneByAnyone, EarlyNext, EndlessHold, ForgottenWake,
-    HalfCopy, KeptCopy, LostEntry, LostInvalidation, NoHold, ReadBeforeProtect, SilentEviction, StaleEpoch,
-    UpgradeSkipsSharer, WriteBeforeAcks, ZeroGrant,
+    HalfCopy, KeptCopy, LostEntry, LostInvalidation, NoHold, ReadBeforeProtect, ShortProtect, SilentEviction,
+    StaleEpoch, UpgradeSkipsSharer, WriteBeforeAcks, ZeroGrant,
 };
 
 impl SeededFault {
     /// All of them.
-    pub const ALL: [SeededFault; 18] = [
+    pub const ALL: [SeededFault; 19] = [
         LostInvalidation,
         KeptCopy,
         UpgradeSkipsSharer,
@@ -74,6 +76,7 @@ impl SeededFault {
         NoHold,
         SilentEviction,
         LostEntry,
+        ShortProtect,
     ];
 
     /// Its name on command lines and in tables.
@@ -95,6 +98,7 @@ impl SeededFault {
             DoneByAnyone => "done-by-anyone",
             EndlessHold => "endless-hold",
             NoHold => "no-hold",
+            ShortProtect => "short-protect",
             SilentEviction => "silent-eviction",
             LostEntry => "lost-entry",
         }
@@ -121,6 +125,7 @@ impl SeededFault {
             SilentEviction => "an evicted copy is dropped without a word to its home",
             LostEntry => "a new home is not told who has a page",
             NoHold => "the hold time is not honoured",
+            ShortProtect => "of a run of pages that are given up only the first is write-protected",
         }
     }
 

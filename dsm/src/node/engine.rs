@@ -14,10 +14,11 @@ use super::stream::Streams;
 use crate::addr::MemberId;
 use crate::layout::Page;
 use crate::protocol::cache::State;
-use crate::protocol::pages::{BLOCK, Share};
+use crate::protocol::pages::{BLOCK, Share, blocks};
 use crate::protocol::slots::Slots;
 use crate::protocol::{Core, CoreConfig, Event, MemberSet, Msg};
 use crate::stats::ShardStats;
+use crate::transport::run::Run;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 /// The cores of a member. Lock order: `hands`, then a shard, then what [`Env`] locks; `gang` and `streams` are taken
@@ -85,11 +86,12 @@ impl Engine {
             self.ask_ahead(env, companions, now, &mut after);
         } else if is_remote {
             let window = lock(&self.streams).fault(page, is_on_its_way);
-            let [pages, skip] =
-                [window.pages.min(self.budget.room()), window.skip].map(|n| usize::try_from(n).unwrap_or(0));
-            for next in env.layout().following(page).take(pages).skip(skip) {
-                let hint = Event::Hint { page: next, write, insist: window.is_steady };
-                after.add(process(&mut self.shard(next), env, now, hint));
+            let ahead = env.layout().following(page);
+            let end = ahead.end.min(ahead.start.saturating_add(window.pages.min(self.budget.room())));
+            for run in blocks(ahead.start.saturating_add(window.skip)..end) {
+                let mut shard = self.shard(Page(run.start));
+                let hint = |page| Event::Hint { page: Page(page), write, insist: window.is_steady };
+                after.add(process_run(&mut shard, env, now, run.map(hint), &[]));
             }
         }
         self.follow_up(env, after, now);
@@ -156,8 +158,19 @@ impl Engine {
     ) -> MemberSet {
         let mut shard = self.shard(page);
         let msg = shard.attach(msg, bytes);
-        let after = process(&mut shard, env, now, Event::Message { from, page, msg });
+        let after = process_run(&mut shard, env, now, [Event::Message { from, page, msg }], bytes);
         drop(shard);
+        self.settle(env, after, now)
+    }
+
+    /// Messages about a run of pages have come in one frame; `bytes` is what lay behind its header. Returns what
+    /// [`Engine::message`] does.
+    pub(crate) fn run(&self, env: &impl Env, now: u64, from: MemberId, run: &Run, bytes: &[u8]) -> MemberSet {
+        let messages = (0..).zip(run.messages(bytes)).map(|(n, (page, msg))| {
+            let msg = msg.map(|()| PageBuf::Nth(n));
+            Event::Message { from, page, msg }
+        });
+        let after = process_run(&mut self.shard(run.page), env, now, messages, bytes);
         self.settle(env, after, now)
     }
 
@@ -219,8 +232,8 @@ impl Engine {
         after.wake(env.kernel());
         if woken.is_some() || !after.lost.is_empty() {
             let mut gang = lock(&self.gang);
-            if let Some(page) = woken {
-                gang.came(page);
+            if let Some((first, count)) = woken {
+                gang.came(first, count);
             }
             let missed = std::mem::take(&mut after.lost).into_iter().filter_map(|p| gang.lost(p)).collect();
             drop(gang);
@@ -238,11 +251,21 @@ impl Engine {
 
 /// Gives an event to a core and carries out what it commands, unless the member has stopped.
 pub(super) fn process(shard: &mut Shard, env: &impl Env, now: u64, event: Event<PageBuf>) -> After {
+    process_run(shard, env, now, [event], &[])
+}
+
+/// The same for events about pages of a run. `bytes` has the pages that come with them.
+fn process_run(
+    shard: &mut Shard,
+    env: &impl Env,
+    now: u64,
+    events: impl IntoIterator<Item = Event<PageBuf>>,
+    bytes: &[u8],
+) -> After {
     if !env.is_running() {
         return After::default();
     }
-    env.before(now, &event);
-    let after = shard.process(env, now, event);
+    let after = shard.process(env, now, events, bytes);
     env.after(&shard.core);
     after
 }

@@ -64,11 +64,10 @@ impl Gang {
         std::mem::take(&mut self.losses)
     }
 
-    /// A page has come.
-    pub(super) fn came(&mut self, page: Page) {
-        if self.called == Some(page) {
-            self.called = None;
-        }
+    /// Pages have come.
+    pub(super) fn came(&mut self, first: Page, count: u32) {
+        self.called =
+            self.called.filter(|called| !(first.0..first.0.saturating_add(count)).contains(&called.0));
     }
 
     /// The member faulted on `page`, which is contended: the pages to ask for along with it.
@@ -123,9 +122,9 @@ mod tests {
         }
         assert_eq!(gang.call(Page(2)), [Page(1), Page(3), Page(4)]);
         assert_eq!(gang.lost(Page(5)), Some(Page(5)), "lost while the gang is called: asked for at once");
-        gang.came(Page(2));
+        gang.came(Page(2), 1);
         assert!(gang.call(Page(3)).is_empty(), "asked for already");
-        gang.came(Page(3));
+        gang.came(Page(3), 1);
         assert_eq!(gang.lost(Page(5)), None);
     }
 
@@ -141,12 +140,12 @@ mod tests {
                 gang.lost(Page(2));
             }
             is_here = gang.call(Page(1)).contains(&Page(2));
-            gang.came(Page(1));
+            gang.came(Page(1), 1);
             if !is_here {
                 absent.push(round);
                 if needed {
                     gang.call(Page(2));
-                    gang.came(Page(2));
+                    gang.came(Page(2), 1);
                     is_here = true;
                 }
             }

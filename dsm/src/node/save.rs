@@ -10,7 +10,7 @@ use crate::protocol::Event;
 use crate::protocol::cut::Duty;
 use crate::protocol::directory::Holders;
 use crate::protocol::pages::BLOCK;
-use crate::region::RegionError;
+use crate::region::{Kernel, RegionError};
 use std::io;
 use std::sync::{MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -221,7 +221,7 @@ impl Shell {
                 self.image(*page, &mut bytes)?;
                 buffer.extend(bytes);
             } else {
-                self.region.read_run(*page, 1, buffer)?;
+                self.region.read(*page, buffer)?;
             }
             if options.track && shard.core.saved(*page) {
                 add(&mut protect, *page);
@@ -229,7 +229,7 @@ impl Shell {
             add(&mut runs, *page);
         }
         for (page, count) in protect {
-            self.region.protect_run(page, count)?;
+            self.region.protect(page, count)?;
         }
         Ok(runs)
     }

@@ -1,6 +1,9 @@
 //! One core's share of the pages: how what the core commands becomes system calls and frames, in which order.
 //!
-//! No thread, socket or clock: those are behind [`Env`], so the simulation runs this code as it is.
+//! No thread, socket or clock: those are behind [`Env`], so the simulation runs this code as it is. [`runs`] does together
+//! what concerns neighbouring pages.
+
+mod runs;
 
 use super::PAGE;
 use super::evict::Budget;
@@ -12,13 +15,21 @@ use crate::region::{Kernel, RegionError};
 use crate::seeded::{SeededFault, is_on};
 use crate::stats::ShardStats;
 use crate::transport::frame::Header;
+use crate::transport::link::Queue;
+use std::io;
 use std::sync::Arc;
 
 /// Page buffers kept for reuse per core.
 const SPARE: usize = 32;
 
 /// A page on its way in.
-pub(crate) type PageBuf = Box<[u8; PAGE]>;
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum PageBuf {
+    /// One that may have to wait until others have answered, too.
+    Own(Box<[u8; PAGE]>),
+    /// The page with this number of the frame that is at hand, which is put in place at once.
+    Nth(u32),
+}
 
 /// What surrounds a shard.
 pub(crate) trait Env {
@@ -39,11 +50,12 @@ pub(crate) trait Env {
     /// Queues a frame without a page; `false` if there is no such peer.
     fn push(&self, to: MemberId, header: &Header) -> bool;
 
-    /// Queues a frame with a page; see [`crate::transport::link::Link::push_page`].
-    fn push_page(
+    /// Queues the frames that `fill` makes; `false` if there is no such peer. See
+    /// [`crate::transport::link::Link::push_with`].
+    fn push_with(
         &self,
         to: MemberId,
-        fill: impl FnOnce(&mut Vec<u8>) -> Result<Header, RegionError>,
+        fill: impl FnOnce(&mut Queue) -> Result<(), RegionError>,
     ) -> Result<bool, RegionError>;
 
     /// Sees to it that [`Event::Timer`] comes at `at`.
@@ -78,10 +90,10 @@ pub(crate) trait Env {
 pub(crate) struct After {
     /// Peers for whom frames were queued.
     pub(crate) talk: MemberSet,
-    /// The page whose waiters are to be woken: with the lock still held, a woken thread that runs at once on this CPU and
+    /// The pages whose waiters are to be woken, the first and how many: with the lock still held, a woken thread that runs at once on this CPU and
     /// faults again would wait for it. Neighbours that came along need no wake: who waits for one has a fault of its own
     /// to be read, and finds the page there.
-    pub(crate) wake: Option<Page>,
+    pub(crate) wake: Option<(Page, u32)>,
     /// Whether pages have come.
     pub(crate) has_come: bool,
     /// Contended pages that this member has just given away.
@@ -102,10 +114,19 @@ impl After {
         }
     }
 
+    /// Notes that who waits for these pages is to be woken. Who waits for one in between others is woken, too: it looks
+    /// again.
+    fn wake_later(&mut self, page: Page, count: u32) {
+        let (first, before) = self.wake.unwrap_or((page, 0));
+        let start = first.min(page);
+        let end = (first.0.saturating_add(before)).max(page.0.saturating_add(count));
+        self.wake = Some((start, end - start.0));
+    }
+
     /// Wakes who waits. Comes first of what is left to do.
     pub(crate) fn wake(&mut self, kernel: &impl Kernel) {
-        if let Some(page) = self.wake.take()
-            && let Err(e) = kernel.wake(page)
+        if let Some((page, count)) = self.wake.take()
+            && let Err(e) = kernel.wake(page, count)
         {
             self.failure.get_or_insert((None, Cause::Local(e.to_string())));
         }
@@ -117,37 +138,96 @@ pub(crate) struct Shard {
     pub(crate) core: Core<PageBuf>,
     pub(crate) stats: ShardStats,
     out: Vec<Command<PageBuf>>,
-    spare: Vec<PageBuf>,
+    /// Where in `out` the commands of each event end.
+    ends: Vec<usize>,
+    /// Commands that can be carried out together.
+    batch: Vec<Command<PageBuf>>,
+    spare: Vec<Box<[u8; PAGE]>>,
     budget: Arc<Budget>,
 }
 
 impl Shard {
     pub(crate) fn new(core: Core<PageBuf>, stats: ShardStats, budget: Arc<Budget>) -> Shard {
-        Shard { core, stats, out: Vec::new(), spare: Vec::new(), budget }
+        let (out, batch) = (Vec::new(), Vec::new());
+        Shard { core, stats, out, ends: Vec::new(), batch, spare: Vec::new(), budget }
     }
 
-    /// Gives an event to the core and carries out what it commands.
-    pub(crate) fn process(&mut self, env: &impl Env, now: u64, event: Event<PageBuf>) -> After {
+    /// Gives events to the core and carries out what it commands. If there are several, each is about a page of its own.
+    /// `bytes` has the pages that come with them.
+    pub(crate) fn process(
+        &mut self,
+        env: &impl Env,
+        now: u64,
+        events: impl IntoIterator<Item = Event<PageBuf>>,
+        bytes: &[u8],
+    ) -> After {
         let mut after = After::default();
         let mut out = std::mem::take(&mut self.out);
-        if let Err(violation) = self.core.handle(now, event, &mut out) {
-            after.failure = Some((Some(violation.from), Cause::Violation(violation.to_string())));
-            return after;
-        }
-        for command in out.drain(..) {
-            if let Err(e) = self.carry_out(env, command, &mut after) {
-                after.failure = Some((None, Cause::Local(e.to_string())));
+        let mut ends = std::mem::take(&mut self.ends);
+        for event in events {
+            env.before(now, &event);
+            if let Err(violation) = self.core.handle(now, event, &mut out) {
+                after.failure = Some((Some(violation.from), Cause::Violation(violation.to_string())));
                 break;
             }
+            ends.push(out.len());
         }
-        self.out = out;
+        if after.failure.is_none()
+            && let Err(e) = self.carry_out_all(env, &mut out, &ends, bytes, &mut after)
+        {
+            after.failure = Some((None, Cause::Local(e.to_string())));
+        }
+        out.clear();
+        ends.clear();
+        (self.out, self.ends) = (out, ends);
         after
+    }
+
+    fn carry_out_all(
+        &mut self,
+        env: &impl Env,
+        commands: &mut Vec<Command<PageBuf>>,
+        ends: &[usize],
+        bytes: &[u8],
+        after: &mut After,
+    ) -> Result<(), RegionError> {
+        let mut batch = std::mem::take(&mut self.batch);
+        let mut result = runs::in_turns(commands, ends, |command| {
+            if batch.last().is_some_and(|last| !runs::follows(env.layout(), last, &command)) {
+                self.carry_out_batch(env, &mut batch, bytes, after)?;
+            }
+            batch.push(command);
+            Ok(())
+        });
+        if result.is_ok() {
+            result = self.carry_out_batch(env, &mut batch, bytes, after);
+        }
+        batch.clear();
+        self.batch = batch;
+        result
+    }
+
+    fn carry_out_batch(
+        &mut self,
+        env: &impl Env,
+        batch: &mut Vec<Command<PageBuf>>,
+        bytes: &[u8],
+        after: &mut After,
+    ) -> Result<(), RegionError> {
+        if batch.len() > 1 {
+            self.carry_out_run(env, batch, bytes, after)?;
+            batch.clear();
+        } else if let Some(command) = batch.pop() {
+            self.carry_out(env, command, bytes, after)?;
+        }
+        Ok(())
     }
 
     fn carry_out(
         &mut self,
         env: &impl Env,
         command: Command<PageBuf>,
+        bytes: &[u8],
         after: &mut After,
     ) -> Result<(), RegionError> {
         let kernel = env.kernel();
@@ -162,26 +242,29 @@ impl Shard {
             }
             Command::Give { to, page, terms, protect, drop } => {
                 if protect && !is_on(SeededFault::ReadBeforeProtect) {
-                    kernel.protect(page)?;
+                    kernel.protect(page, 1)?;
                 }
-                let is_known = env.push_page(to, |queue| {
-                    let at = queue.len();
-                    kernel.read(page, queue)?;
+                let is_known = env.push_with(to, |queue| {
+                    let frame = queue.begin();
+                    let at = queue.bytes().len();
+                    kernel.read(page, queue.bytes())?;
                     if protect && is_on(SeededFault::ReadBeforeProtect) {
-                        kernel.protect(page)?;
+                        kernel.protect(page, 1)?;
                     }
-                    let is_zero = queue.get(at..).is_some_and(is_zero);
+                    let is_zero = queue.bytes().get(at..).is_some_and(is_zero);
                     if is_zero {
-                        queue.truncate(at);
+                        queue.bytes().truncate(at);
                     }
                     if drop {
-                        kernel.discard(page)?;
+                        kernel.discard(page, 1)?;
                         self.budget.add(-1);
                     }
                     stats.gave(page, is_zero);
                     let contents = if is_zero { Contents::Zero } else { Contents::Bytes(()) };
                     let gpa = env.layout().gpa_of(page);
-                    Ok(Header::message(env.me(), env.epoch(), gpa, &Msg::Grant { terms, contents }))
+                    let msg = Msg::Grant { terms, contents };
+                    queue.finish(frame, Header::message(env.me(), env.epoch(), gpa, &msg));
+                    Ok(())
                 })?;
                 if is_known {
                     after.talk = after.talk.with(to);
@@ -191,7 +274,7 @@ impl Shard {
                 }
             }
             Command::Drop { page } => {
-                kernel.discard(page)?;
+                kernel.discard(page, 1)?;
                 self.budget.add(-1);
                 stats.dropped(page);
                 if self.core.cache().is_contended(page) {
@@ -203,11 +286,16 @@ impl Shard {
                 let replaced = kernel.replaced();
                 self.budget.add(i64::from(!matches!(contents, Contents::Keep)));
                 match contents {
-                    Contents::Bytes(bytes) => {
-                        kernel.fill(page, &bytes, protect)?;
+                    Contents::Bytes(PageBuf::Own(own)) => {
+                        kernel.fill(page, &*own, protect)?;
                         if self.spare.len() < SPARE {
-                            self.spare.push(bytes);
+                            self.spare.push(own);
                         }
+                    }
+                    Contents::Bytes(PageBuf::Nth(n)) => {
+                        let nth = bytes.chunks_exact(PAGE).nth(usize::try_from(n).unwrap_or(usize::MAX));
+                        let lacking = || kernel.step("fill", page, io::ErrorKind::InvalidInput.into());
+                        kernel.fill(page, nth.ok_or_else(lacking)?, protect)?;
                     }
                     Contents::Zero => kernel.fill_zero(page, 1, protect)?,
                     Contents::Keep => kernel.unprotect(page)?,
@@ -218,36 +306,36 @@ impl Shard {
                 // and finds the page there.
                 let is_awaited = !served.ahead;
                 if is_awaited && (!is_on(SeededFault::ForgottenWake) || replaced == kernel.replaced()) {
-                    after.wake = Some(page);
+                    after.wake_later(page, 1);
                 }
             }
             Command::Zero { page, count, served } => {
                 kernel.fill_zero(page, count, false)?;
                 self.budget.add(i64::from(count));
                 stats.first_touch(page, count, &served, env.now());
-                after.wake = Some(page);
+                after.wake_later(page, 1);
                 after.has_come = true;
             }
             Command::Load { page, protect, wake } => {
                 let mut bytes = self.buffer(&[]);
                 env.image(page, &mut bytes)?;
-                kernel.fill(page, &bytes, protect)?;
+                kernel.fill(page, &*bytes, protect)?;
                 self.budget.add(1);
                 after.has_come = true;
                 if self.spare.len() < SPARE {
                     self.spare.push(bytes);
                 }
                 if wake {
-                    after.wake = Some(page);
+                    after.wake_later(page, 1);
                 }
             }
             Command::Reopen { page } => {
                 kernel.unprotect(page)?;
                 stats.reopened();
-                after.wake = Some(page);
+                after.wake_later(page, 1);
             }
             Command::Wake { page } => {
-                after.wake = Some(page);
+                after.wake_later(page, 1);
                 stats.spurious();
             }
             Command::Timer { page, at } => {
@@ -258,29 +346,13 @@ impl Shard {
         Ok(())
     }
 
-    /// Turns a decoded message and the bytes behind it into one that owns its page.
+    /// Where the page of a message is: the protocol may keep it only if others have to acknowledge first.
     pub(crate) fn attach(&mut self, msg: Msg<()>, bytes: &[u8]) -> Msg<PageBuf> {
-        match msg {
-            Msg::Grant { terms, contents } => {
-                let contents = match contents {
-                    Contents::Bytes(()) => Contents::Bytes(self.buffer(bytes)),
-                    Contents::Zero => Contents::Zero,
-                    Contents::Keep => Contents::Keep,
-                };
-                Msg::Grant { terms, contents }
-            }
-            Msg::Get { write, token, hint } => Msg::Get { write, token, hint },
-            Msg::Decline { token } => Msg::Decline { token },
-            Msg::Forward { requester, terms, data } => Msg::Forward { requester, terms, data },
-            Msg::Invalidate { requester, token } => Msg::Invalidate { requester, token },
-            Msg::InvAck { token } => Msg::InvAck { token },
-            Msg::Put { token } => Msg::Put { token },
-            Msg::Release { token } => Msg::Release { token },
-            Msg::Done { token } => Msg::Done { token },
-        }
+        let waits = matches!(&msg, Msg::Grant { terms, .. } if !terms.acks.is_empty());
+        msg.map(|()| if waits { PageBuf::Own(self.buffer(bytes)) } else { PageBuf::Nth(0) })
     }
 
-    fn buffer(&mut self, bytes: &[u8]) -> PageBuf {
+    fn buffer(&mut self, bytes: &[u8]) -> Box<[u8; PAGE]> {
         let mut buf = self.spare.pop().unwrap_or_else(|| Box::new([0; PAGE]));
         if let Ok(page) = <&[u8; PAGE]>::try_from(bytes) {
             buf.copy_from_slice(page);

@@ -17,7 +17,8 @@ use crate::protocol::{CoreConfig, Event, MemberSet, Msg};
 use crate::region::{Fault, Kernel, Region, RegionError};
 use crate::stats::{DsmSnapshot, FaultLog, FaultRecord, PeerTraffic};
 use crate::transport::frame::Header;
-use crate::transport::link::{Flush, Link};
+use crate::transport::link::{Flush, Link, Queue};
+use crate::transport::run::Run;
 use arc_swap::ArcSwapOption;
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -98,12 +99,12 @@ impl Env for Shell {
         self.with_link(to, |link| link.push(header)).is_some()
     }
 
-    fn push_page(
+    fn push_with(
         &self,
         to: MemberId,
-        fill: impl FnOnce(&mut Vec<u8>) -> Result<Header, RegionError>,
+        fill: impl FnOnce(&mut Queue) -> Result<(), RegionError>,
     ) -> Result<bool, RegionError> {
-        self.with_link(to, |link| link.push_page(fill)).transpose().map(|pushed| pushed.is_some())
+        self.with_link(to, |link| link.push_with(fill)).transpose().map(|pushed| pushed.is_some())
     }
 
     fn set_timer(&self, at: u64, page: Page) {
@@ -336,6 +337,11 @@ impl Shell {
     /// when no more messages are at hand.
     pub(super) fn message(&self, from: MemberId, page: Page, msg: Msg<()>, bytes: &[u8]) -> MemberSet {
         self.engine.message(self, self.now(), from, page, msg, bytes)
+    }
+
+    /// The same for a run of messages that came in one frame.
+    pub(super) fn run(&self, from: MemberId, run: &Run, bytes: &[u8]) -> MemberSet {
+        self.engine.run(self, self.now(), from, run, bytes)
     }
 
     /// Writes what is queued for these peers.

@@ -128,7 +128,8 @@ fn frames(shell: &Shell, link: &Link) -> Result<(), Cause> {
         };
         link.note_message();
         link.acknowledged(header.received());
-        unsaid += 1;
+        // A run is as much to keep for the peer as the messages in it would be.
+        unsaid += header.messages();
         if link.keeps() && unsaid >= SAY {
             // Who only receives would let the peer keep everything.
             unsaid = 0;
@@ -137,12 +138,16 @@ fn frames(shell: &Shell, link: &Link) -> Result<(), Cause> {
         }
         match header.decode(&rules(shell, peer), || ()).map_err(|e| Cause::Violation(e.to_string()))? {
             Frame::Page(_, Msg::Put { .. }) if !shell.members().has(peer) => {}
-            Frame::Page(..) if !shell.members().has(peer) => {
+            Frame::Page(..) | Frame::Run(_) if !shell.members().has(peer) => {
                 return Err(Cause::Violation("it speaks of pages and is no member".into()));
             }
             Frame::Page(page, msg) => {
                 answered += 1;
                 talk = MemberSet(talk.0 | shell.message(peer, page, msg, bytes).0);
+            }
+            Frame::Run(run) => {
+                answered += run.count;
+                talk = MemberSet(talk.0 | shell.run(peer, &run, bytes).0);
             }
             Frame::Ping => {}
             Frame::Resume(_) => {

@@ -161,28 +161,77 @@ pub enum Msg<D> {
 }
 
 impl<D> Msg<D> {
+    /// The message with something else for the bytes of its page.
+    pub(crate) fn map<E>(self, bytes: impl FnOnce(D) -> E) -> Msg<E> {
+        match self {
+            Msg::Get { write, token, hint } => Msg::Get { write, token, hint },
+            Msg::Forward { requester, terms, data } => Msg::Forward { requester, terms, data },
+            Msg::Invalidate { requester, token } => Msg::Invalidate { requester, token },
+            Msg::Grant { terms, contents } => {
+                let contents = match contents {
+                    Contents::Zero => Contents::Zero,
+                    Contents::Bytes(d) => Contents::Bytes(bytes(d)),
+                    Contents::Keep => Contents::Keep,
+                };
+                Msg::Grant { terms, contents }
+            }
+            Msg::InvAck { token } => Msg::InvAck { token },
+            Msg::Put { token } => Msg::Put { token },
+            Msg::Release { token } => Msg::Release { token },
+            Msg::Done { token } => Msg::Done { token },
+            Msg::Decline { token } => Msg::Decline { token },
+        }
+    }
+
     /// The message without the bytes of its page.
     pub(crate) fn without_bytes(&self) -> Msg<()> {
+        let contents = match self {
+            Msg::Grant { contents: Contents::Bytes(_), .. } => Contents::Bytes(()),
+            Msg::Grant { contents: Contents::Keep, .. } => Contents::Keep,
+            _ => Contents::Zero,
+        };
         match self {
             Msg::Get { write, token, hint } => Msg::Get { write: *write, token: *token, hint: *hint },
             Msg::Forward { requester, terms, data } => {
                 Msg::Forward { requester: *requester, terms: *terms, data: *data }
             }
             Msg::Invalidate { requester, token } => Msg::Invalidate { requester: *requester, token: *token },
-            Msg::Grant { terms, contents } => {
-                let contents = match contents {
-                    Contents::Zero => Contents::Zero,
-                    Contents::Bytes(_) => Contents::Bytes(()),
-                    Contents::Keep => Contents::Keep,
-                };
-                Msg::Grant { terms: *terms, contents }
-            }
+            Msg::Grant { terms, .. } => Msg::Grant { terms: *terms, contents },
             Msg::InvAck { token } => Msg::InvAck { token: *token },
             Msg::Put { token } => Msg::Put { token: *token },
             Msg::Release { token } => Msg::Release { token: *token },
             Msg::Done { token } => Msg::Done { token: *token },
             Msg::Decline { token } => Msg::Decline { token: *token },
         }
+    }
+
+    /// The number of the request that it is about.
+    pub(crate) fn token(&self) -> Token {
+        match self {
+            Msg::Forward { terms, .. } | Msg::Grant { terms, .. } => terms.token,
+            Msg::Get { token, .. }
+            | Msg::Decline { token }
+            | Msg::Invalidate { token, .. }
+            | Msg::InvAck { token }
+            | Msg::Put { token }
+            | Msg::Release { token }
+            | Msg::Done { token } => *token,
+        }
+    }
+
+    /// The same about another request.
+    pub(crate) fn with_token(mut self, new: Token) -> Msg<D> {
+        match &mut self {
+            Msg::Forward { terms, .. } | Msg::Grant { terms, .. } => terms.token = new,
+            Msg::Get { token, .. }
+            | Msg::Decline { token }
+            | Msg::Invalidate { token, .. }
+            | Msg::InvAck { token }
+            | Msg::Put { token }
+            | Msg::Release { token }
+            | Msg::Done { token } => *token = new,
+        }
+        self
     }
 }
 

@@ -1,6 +1,7 @@
 //! Which pages one [`Core`](super::Core) is responsible for, and where they lie in its dense tables.
 
 use crate::layout::Page;
+use std::ops::Range;
 
 /// Neighbouring pages stay together in blocks of this many, so that one core can serve a run of pages.
 pub const BLOCK: u32 = 64;
@@ -53,9 +54,28 @@ impl Share {
     }
 }
 
+/// Cuts a run of pages where blocks begin: each piece is one core's.
+pub fn blocks(pages: Range<u32>) -> impl Iterator<Item = Range<u32>> {
+    let mut rest = pages;
+    std::iter::from_fn(move || {
+        let end = rest.end.min((rest.start / BLOCK).saturating_add(1).saturating_mul(BLOCK));
+        let piece = rest.start..end;
+        rest.start = end;
+        (!piece.is_empty()).then_some(piece)
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn runs_are_cut_where_blocks_begin() {
+        assert!(blocks(3..3).next().is_none());
+        assert!(blocks(3..64).eq(std::iter::once(3..64)));
+        assert!(blocks(60..200).eq([60..64, 64..128, 128..192, 192..200]));
+        assert!(blocks(u32::MAX - 1..u32::MAX).eq(std::iter::once(u32::MAX - 1..u32::MAX)));
+    }
 
     #[test]
     fn slots_are_dense_and_invertible() {

@@ -220,29 +220,22 @@ impl Region {
         self.locate(page).ok_or_else(|| io::Error::from_raw_os_error(libc::EFAULT))
     }
 
-    /// Takes the right to write away from a run of pages of one range.
-    pub fn protect_run(&self, page: Page, count: u32) -> Result<(), RegionError> {
-        let mut done = 0;
-        while done < count {
-            let next = Page(page.0.saturating_add(done));
-            let (span, offset) = self.found(next).map_err(|e| self.step("write protection", next, e))?;
+    /// Does something to a run of pages, cut where a mapping ends and where another userfaultfd begins: each takes only its
+    /// own.
+    fn each_piece(
+        &self,
+        page: Page,
+        count: u32,
+        f: impl Fn(&Span, u64, u64) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut rest = page.0..page.0.saturating_add(count);
+        while !rest.is_empty() {
+            let (span, offset) = self.found(Page(rest.start))?;
             let room = (span.stripe - offset % span.stripe).min(span.map.len() - offset);
-            let len = (u64::from(count - done) * PAGE_SIZE).min(room);
-            match self.uffd(span, offset).write_protect(span.map.base() + offset, len, true, Wake::Later) {
-                Ok(()) => done += u32::try_from(len / PAGE_SIZE).unwrap_or(u32::MAX),
-                // The address space changed under it: once more.
-                Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => {}
-                Err(e) => return Err(self.step("write protection", next, e)),
-            }
+            let len = room.min(u64::from(rest.end - rest.start) * PAGE_SIZE);
+            f(span, offset, len)?;
+            rest.start += u32::try_from(len / PAGE_SIZE).unwrap_or(u32::MAX);
         }
-        Ok(())
-    }
-
-    /// Copies pages that are present and that nobody writes to, of one range.
-    pub fn read_run(&self, page: Page, count: u32, out: &mut Vec<u8>) -> Result<(), RegionError> {
-        let (span, offset) = self.found(page).map_err(|e| self.step("read", page, e))?;
-        let len = usize::try_from(count).unwrap_or(usize::MAX).saturating_mul(PAGE);
-        span.map.read(offset, len, out);
         Ok(())
     }
 
@@ -304,19 +297,20 @@ impl Kernel for Region {
         )
     }
 
-    fn sys_write_protect(&self, page: Page, protect: bool) -> io::Result<()> {
-        let (span, offset) = self.found(page)?;
-        self.uffd(span, offset).write_protect(span.map.base() + offset, PAGE_SIZE, protect, Wake::Later)
+    fn sys_write_protect(&self, page: Page, count: u32, protect: bool) -> io::Result<()> {
+        self.each_piece(page, count, |span, offset, len| {
+            let start = span.map.base() + offset;
+            self.uffd(span, offset).write_protect(start, len, protect, Wake::Later)
+        })
     }
 
-    fn sys_wake(&self, page: Page) -> io::Result<()> {
-        let (span, offset) = self.found(page)?;
-        self.uffd(span, offset).wake(span.map.base() + offset, PAGE_SIZE)
+    fn sys_wake(&self, page: Page, count: u32) -> io::Result<()> {
+        let wake = |span: &Span, offset, len| self.uffd(span, offset).wake(span.map.base() + offset, len);
+        self.each_piece(page, count, wake)
     }
 
-    fn sys_discard(&self, page: Page) -> io::Result<()> {
-        let (span, offset) = self.found(page)?;
-        span.map.discard(offset, PAGE_SIZE)
+    fn sys_discard(&self, page: Page, count: u32) -> io::Result<()> {
+        self.each_piece(page, count, |span, offset, len| span.map.discard(offset, len))
     }
 
     fn read(&self, page: Page, out: &mut Vec<u8>) -> Result<(), RegionError> {

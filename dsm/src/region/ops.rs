@@ -24,14 +24,14 @@ pub trait Kernel {
     /// early. Returns how many bytes went in.
     fn sys_copy(&self, page: Page, bytes: &[u8], protect: bool) -> (usize, io::Result<()>);
 
-    /// UFFDIO_WRITEPROTECT of one page. Wakes nobody.
-    fn sys_write_protect(&self, page: Page, protect: bool) -> io::Result<()>;
+    /// UFFDIO_WRITEPROTECT of neighbouring pages. Wakes nobody. After an error nobody knows how far it came.
+    fn sys_write_protect(&self, page: Page, count: u32, protect: bool) -> io::Result<()>;
 
-    /// UFFDIO_WAKE of one page.
-    fn sys_wake(&self, page: Page) -> io::Result<()>;
+    /// UFFDIO_WAKE of neighbouring pages.
+    fn sys_wake(&self, page: Page, count: u32) -> io::Result<()>;
 
-    /// MADV_DONTNEED of one page: wakes nobody.
-    fn sys_discard(&self, page: Page) -> io::Result<()>;
+    /// MADV_DONTNEED of neighbouring pages: wakes nobody.
+    fn sys_discard(&self, page: Page, count: u32) -> io::Result<()>;
 
     /// Appends the bytes of a page that is present. On an absent page the caller itself would wait for it.
     fn read(&self, page: Page, out: &mut Vec<u8>) -> Result<(), RegionError>;
@@ -47,23 +47,23 @@ pub trait Kernel {
         RegionError::Step { step, gpa: self.gpa_of(page), source }
     }
 
-    /// Fills an absent page, write-protected if `protect`, in one ioctl. Its waiters sleep on.
-    fn fill(&self, page: Page, bytes: &[u8; PAGE], protect: bool) -> Result<(), RegionError> {
+    /// Fills absent neighbouring pages, write-protected if `protect`, in one ioctl. Their waiters sleep on.
+    fn fill(&self, page: Page, bytes: &[u8], protect: bool) -> Result<(), RegionError> {
         if protect && is_on(SeededFault::CopyThenProtect) {
             self.fill_run(page, bytes, false)?;
-            return self.protect(page);
+            return self.protect(page, u32::try_from(bytes.len() / PAGE).unwrap_or(u32::MAX));
         }
         self.fill_run(page, bytes, protect)
     }
 
-    /// Fills up to [`MAX_ZERO_RUN`] absent pages with zeros. The run must lie inside one range. Their waiters
+    /// Fills up to [`MAX_ZERO_RUN`] absent pages with zeros. Their waiters
     /// sleep on.
     fn fill_zero(&self, page: Page, count: u32, protect: bool) -> Result<(), RegionError> {
         let count = usize::try_from(count.min(MAX_ZERO_RUN)).unwrap_or(0);
         self.fill_run(page, ZEROS.get(..count * PAGE).unwrap_or(&[]), protect)
     }
 
-    /// Fills absent pages of one range from `bytes`, whole pages. Their waiters sleep on.
+    /// Fills absent neighbouring pages from `bytes`, whole pages. Their waiters sleep on.
     fn fill_run(&self, page: Page, bytes: &[u8], protect: bool) -> Result<(), RegionError> {
         let mut done = 0usize;
         while done < bytes.len() {
@@ -79,7 +79,7 @@ pub trait Kernel {
                 Err(e) if e.raw_os_error() == Some(libc::EEXIST) => {
                     // What is there is not what the protocol says: it goes.
                     self.note_replaced();
-                    self.sys_discard(next).map_err(|e| self.step("drop", next, e))?;
+                    self.sys_discard(next, 1).map_err(|e| self.step("drop", next, e))?;
                 }
                 Err(e) => return Err(self.step("fill", next, e)),
             }
@@ -87,20 +87,28 @@ pub trait Kernel {
         Ok(())
     }
 
-    /// Takes the right to write away. When it returns no thread and no vCPU of this process can write to the page.
-    fn protect(&self, page: Page) -> Result<(), RegionError> {
-        self.write_protect(page, true, "write protection")
+    /// Takes the right to write away from neighbouring pages. When it returns no thread and no vCPU of this process can
+    /// write to them.
+    fn protect(&self, page: Page, count: u32) -> Result<(), RegionError> {
+        let count = if is_on(SeededFault::ShortProtect) { 1 } else { count };
+        self.write_protect(page, count, true, "write protection")
     }
 
     /// Gives the right to write. Who waits for it sleeps on.
     fn unprotect(&self, page: Page) -> Result<(), RegionError> {
-        self.write_protect(page, false, "end of write protection")
+        self.write_protect(page, 1, false, "end of write protection")
     }
 
     /// Changes the protection, however often the address space changes under it.
-    fn write_protect(&self, page: Page, protect: bool, step: &'static str) -> Result<(), RegionError> {
+    fn write_protect(
+        &self,
+        page: Page,
+        count: u32,
+        protect: bool,
+        step: &'static str,
+    ) -> Result<(), RegionError> {
         loop {
-            match self.sys_write_protect(page, protect) {
+            match self.sys_write_protect(page, count, protect) {
                 Ok(()) => return Ok(()),
                 Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => {}
                 Err(e) => return Err(self.step(step, page, e)),
@@ -108,13 +116,13 @@ pub trait Kernel {
         }
     }
 
-    /// Drops the page. When it returns no thread and no vCPU of this process can see the old contents.
-    fn discard(&self, page: Page) -> Result<(), RegionError> {
-        self.sys_discard(page).map_err(|e| self.step("drop", page, e))
+    /// Drops neighbouring pages. When it returns no thread and no vCPU of this process can see the old contents.
+    fn discard(&self, page: Page, count: u32) -> Result<(), RegionError> {
+        self.sys_discard(page, count).map_err(|e| self.step("drop", page, e))
     }
 
-    /// Wakes who waits for the page.
-    fn wake(&self, page: Page) -> Result<(), RegionError> {
-        self.sys_wake(page).map_err(|e| self.step("wake", page, e))
+    /// Wakes who waits for neighbouring pages.
+    fn wake(&self, page: Page, count: u32) -> Result<(), RegionError> {
+        self.sys_wake(page, count).map_err(|e| self.step("wake", page, e))
     }
 }

@@ -55,18 +55,18 @@ fn a_page_comes_with_its_right() {
         assert_eq!((fault.page, fault.write), (page, false));
         assert_ne!(fault.thread, 0);
         region.fill(page, &[1; PAGE], true).unwrap();
-        region.wake(page).unwrap();
+        region.wake(page, 1).unwrap();
         // It came to be read only, so the store waits, too.
         assert_eq!(next_fault(&region), Fault { write: true, ..fault });
         region.unprotect(page).unwrap();
-        region.wake(page).unwrap();
+        region.wake(page, 1).unwrap();
         assert_eq!(guest.join().unwrap(), 0x0101_0101_0101_0102);
     });
-    region.protect(page).unwrap();
+    region.protect(page, 1).unwrap();
     let mut bytes = Vec::new();
     region.read(page, &mut bytes).unwrap();
     assert_eq!((bytes.len(), bytes[0], bytes[8]), (PAGE, 2, 1));
-    region.discard(page).unwrap();
+    region.discard(page, 1).unwrap();
     region.fill_zero(page, 1, false).unwrap();
     assert_eq!(region.memory().u64_at(gpa).unwrap().load(SeqCst), 0);
 }
@@ -94,11 +94,23 @@ fn runs_cross_from_one_userfaultfd_to_the_next() {
         seen.sort_unstable();
         assert_eq!(seen, waiters);
         region.fill_zero(Page(edge.0 - 8), 16, false).unwrap();
-        waiters.iter().for_each(|p| region.wake(*p).unwrap());
+        waiters.iter().for_each(|p| region.wake(*p, 1).unwrap());
         for guest in guests {
             assert_eq!(guest.join().unwrap(), 0);
         }
+        region.protect(Page(edge.0 - 8), 16).unwrap();
+        let guests = waiters.map(|page| {
+            let word = region.memory().u64_at(u64::from(page.0) * PAGE_SIZE).unwrap();
+            scope.spawn(move || word.store(1, SeqCst))
+        });
+        assert!(next_faults(&region, 3).iter().all(|f| f.write));
+        waiters.iter().for_each(|p| region.unprotect(*p).unwrap());
+        region.wake(waiters[0], 3).unwrap();
+        guests.into_iter().for_each(|guest| guest.join().unwrap());
+        region.discard(Page(edge.0 - 8), 16).unwrap();
+        region.fill_zero(Page(edge.0 - 8), 16, false).unwrap();
     });
+    assert_eq!(region.replaced(), 0);
 }
 
 #[test]
@@ -106,9 +118,11 @@ fn what_is_not_there_is_an_error() {
     let Some(region) = region(1, 1) else { return };
     for result in [
         region.fill(Page(2), &[0; PAGE], false),
-        region.protect(Page(2)),
-        region.discard(Page(9)),
-        region.wake(Page(2)),
+        region.protect(Page(2), 1),
+        region.protect(Page(0), 2),
+        region.discard(Page(0), u32::MAX),
+        region.discard(Page(9), 1),
+        region.wake(Page(2), 1),
         region.read(Page(2), &mut Vec::new()),
     ] {
         assert!(matches!(result, Err(RegionError::Step { .. })), "{result:?}");

@@ -160,6 +160,20 @@ fn forge(world: &World, from: u16, to: u16, what: Forgery) {
             foreign.and_then(|p| message(me, epoch, p, Msg::Forward { requester, terms, data: true }))
         }
         Forgery::Sender => message(MemberId(to), epoch, homed.unwrap_or(any), get),
+        Forgery::Run => {
+            must_fail(world, to, from, "");
+            let msg = Msg::Grant { terms, contents: Contents::Zero };
+            let header = Header::run(me, epoch, world.layout.gpa_of(any), &msg, 2);
+            let pushed = peer.link.push_with(|queue| {
+                let at = queue.begin();
+                (0..2).for_each(|n| queue.bytes().extend_from_slice(&(token.0 ^ n).to_le_bytes()));
+                queue.finish(at, header);
+                Ok::<(), std::convert::Infallible>(())
+            });
+            world.trace_sent(from, to, &header);
+            world.flushed_soon(from, to);
+            return world.expect(None, pushed.map_err(|e| e.to_string()));
+        }
         Forgery::Home => page_of(world, to, false).and_then(|p| message(me, epoch, p, get)),
     };
     if let Some(header) = header {

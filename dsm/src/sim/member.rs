@@ -13,7 +13,7 @@ use crate::node::shard::{Env, PageBuf};
 use crate::protocol::{Core, CoreConfig, Event as Input, MemberSet};
 use crate::region::{Fault, Kernel, RegionError};
 use crate::transport::frame::Header;
-use crate::transport::link::Link;
+use crate::transport::link::{Link, Queue};
 use crate::transport::reader::FrameReader;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -220,44 +220,51 @@ impl Kernel for Place<'_> {
         if done == bytes.len() { (done, Ok(())) } else { (done, Err(os_error(libc::EAGAIN))) }
     }
 
-    fn sys_write_protect(&self, page: Page, protect: bool) -> io::Result<()> {
-        self.world.pause();
-        if self.hiccup() {
-            self.world.count(|t| t.again += 1);
-            return Err(os_error(libc::EAGAIN));
+    fn sys_write_protect(&self, page: Page, count: u32, protect: bool) -> io::Result<()> {
+        for page in (page.0..page.0 + count).map(Page) {
+            self.world.pause();
+            if self.hiccup() {
+                self.world.count(|t| t.again += 1);
+                return Err(os_error(libc::EAGAIN));
+            }
+            self.trace(page, || if protect { "protect".into() } else { "unprotect".into() });
+            if self.member.memory.borrow().copy(page).is_none() {
+                let what = format!("protection of page {}, which is not there", page.0);
+                self.world.expect(Some(page), Err(what));
+            }
+            self.member.memory.borrow_mut().protect(page, protect);
+            if protect {
+                self.member.lost.borrow_mut().push(page);
+            } else {
+                self.member.set_came(page);
+            }
+            self.set_right(page);
         }
-        self.trace(page, || if protect { "protect".into() } else { "unprotect".into() });
-        if self.member.memory.borrow().copy(page).is_none() {
-            self.world.expect(Some(page), Err(format!("protection of page {}, which is not there", page.0)));
-        }
-        self.member.memory.borrow_mut().protect(page, protect);
-        if protect {
-            self.member.lost.borrow_mut().push(page);
-        } else {
-            self.member.set_came(page);
-        }
-        self.set_right(page);
         self.world.pause();
         Ok(())
     }
 
-    fn sys_wake(&self, page: Page) -> io::Result<()> {
+    fn sys_wake(&self, page: Page, count: u32) -> io::Result<()> {
         self.world.pause();
-        self.trace(page, || "wake".into());
         let number = self.member.number;
-        self.member.memory.borrow_mut().wake(page, |thread| self.world.thread_soon(number, thread));
+        for page in (page.0..page.0 + count).map(Page) {
+            self.trace(page, || "wake".into());
+            self.member.memory.borrow_mut().wake(page, |thread| self.world.thread_soon(number, thread));
+        }
         self.world.pause();
         Ok(())
     }
 
-    fn sys_discard(&self, page: Page) -> io::Result<()> {
-        self.world.pause();
-        self.trace(page, || "drop".into());
-        if self.member.memory.borrow().copy(page).is_some() {
-            self.member.lost.borrow_mut().push(page);
+    fn sys_discard(&self, page: Page, count: u32) -> io::Result<()> {
+        for page in (page.0..page.0 + count).map(Page) {
+            self.world.pause();
+            self.trace(page, || "drop".into());
+            if self.member.memory.borrow().copy(page).is_some() {
+                self.member.lost.borrow_mut().push(page);
+            }
+            self.member.memory.borrow_mut().discard(page);
+            self.set_right(page);
         }
-        self.member.memory.borrow_mut().discard(page);
-        self.set_right(page);
         self.world.pause();
         Ok(())
     }
@@ -316,17 +323,19 @@ impl Env for Place<'_> {
         true
     }
 
-    fn push_page(
+    fn push_with(
         &self,
         to: MemberId,
-        fill: impl FnOnce(&mut Vec<u8>) -> Result<Header, RegionError>,
+        fill: impl FnOnce(&mut Queue) -> Result<(), RegionError>,
     ) -> Result<bool, RegionError> {
         let Some(peer) = self.member.peer(to.0) else { return Ok(false) };
         self.member.is_queueing.set(true);
-        let result = peer.link.push_page(|queue| {
-            let header = fill(queue)?;
-            self.world.trace_sent(self.member.number, to.0, &header);
-            Ok(header)
+        let result = peer.link.push_with(|queue| {
+            let at = queue.bytes().len();
+            fill(queue)?;
+            let sent = |header: Header| self.world.trace_sent(self.member.number, to.0, &header);
+            queue.headers(at).for_each(sent);
+            Ok(())
         });
         self.member.is_queueing.set(false);
         result?;

@@ -33,10 +33,12 @@ pub(super) enum Forgery {
     Sender,
     /// A request for a page of another home.
     Home,
+    /// Two pages that nobody asked for, or that do not lie behind each other.
+    Run,
 }
 
 impl Forgery {
-    const ALL: [Forgery; 9] = [
+    const ALL: [Forgery; 10] = [
         Forgery::StaleGet,
         Forgery::StaleAck,
         Forgery::Done,
@@ -46,6 +48,7 @@ impl Forgery {
         Forgery::Forward,
         Forgery::Sender,
         Forgery::Home,
+        Forgery::Run,
     ];
 }
 
@@ -189,12 +192,13 @@ impl Plan {
     }
 }
 
-/// One to three ranges of one to three pages; every run has at least one page.
+/// One to three ranges of one to three pages, or a few more; every run has at least one page.
 fn memory(rng: &Rng, members: u16) -> Vec<HomeRange> {
     let mut start = 0;
+    let longest = [3, 3, 10][rng.index(3)];
     (0..rng.range(1, 3))
         .map(|_| {
-            let len = rng.range(1, 3) * PAGE_SIZE;
+            let len = rng.range(1, longest) * PAGE_SIZE;
             let range = HomeRange { start, len, home: MemberId(rng.member(members)) };
             start += len + rng.below(2) * PAGE_SIZE;
             range

@@ -79,6 +79,8 @@ pub struct SimTally {
     pub hints: u64,
     /// How often a home declined that.
     pub declined: u64,
+    /// Frames with messages about several pages.
+    pub runs: u64,
     /// Times that contended pages were let go together.
     pub yields: u64,
     /// Pages that were asked to go.
@@ -109,6 +111,7 @@ impl SimTally {
         self.resumed += t.resumed;
         self.hints += t.hints;
         self.declined += t.declined;
+        self.runs += t.runs;
         self.evictions += t.evictions;
         self.rehomed += t.rehomed;
         self.fatal += u64::from(is_fatal);

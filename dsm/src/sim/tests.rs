@@ -26,6 +26,7 @@ fn a_few_hundred_seeds_are_clean() {
         t.rehomed,
         t.hints,
         t.declined,
+        t.runs,
         t.resumed,
     ];
     assert!(rare.iter().all(|n| *n > 0), "something never happened: {t:?}");

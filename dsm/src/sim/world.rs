@@ -52,6 +52,7 @@ pub(super) struct Tally {
     pub(super) yields: u64,
     pub(super) hints: u64,
     pub(super) declined: u64,
+    pub(super) runs: u64,
     pub(super) evictions: u64,
     pub(super) rehomed: u64,
     pub(super) rests: u64,
@@ -194,6 +195,7 @@ impl World {
         }
         match header.decode(&self.rules(from, from), || ()) {
             Ok(Frame::Page(page, msg)) => self.trace(Some(from), Some(page), || format!("to {to}: {msg:?}")),
+            Ok(Frame::Run(run)) => self.trace(Some(from), Some(run.page), || format!("to {to}: {run:?}")),
             other => self.trace(Some(from), None, || format!("to {to}: {other:?}")),
         }
     }
@@ -492,13 +494,12 @@ impl World {
                 peer.link.note_message();
                 peer.link.acknowledged(header.received());
                 match header.decode(&self.rules(member.number, from), || ()) {
-                    Ok(Frame::Page(page, msg)) => {
-                        self.trace(Some(member.number), Some(page), || format!("from {from}: {msg:?}"));
+                    Ok(frame @ (Frame::Page(..) | Frame::Run(_))) => {
                         let bytes = bytes.to_vec();
                         drop(reader);
                         peer.is_receiving.set(true);
                         let (place, now) = (Place { world: self, member }, self.sched.now());
-                        let talk = member.engine.message(&place, now, MemberId(from), page, msg, &bytes);
+                        let talk = self.deliver(place, now, from, frame, &bytes);
                         place.flush(talk, now);
                         peer.is_receiving.set(false);
                         let delay = self.delay(member.number, self.plan.step);
@@ -510,6 +511,25 @@ impl World {
             }
         };
         self.fail(member, (blame, failure));
+    }
+
+    /// A frame has come.
+    fn deliver(&self, place: Place<'_>, now: u64, from: u16, frame: Frame<()>, bytes: &[u8]) -> MemberSet {
+        let Member { number, engine, .. } = place.member;
+        match frame {
+            Frame::Page(page, msg) => {
+                self.trace(Some(*number), Some(page), || format!("from {from}: {msg:?}"));
+                engine.message(&place, now, MemberId(from), page, msg, bytes)
+            }
+            Frame::Run(run) => {
+                self.count(|t| t.runs += 1);
+                for (page, msg) in run.messages(bytes) {
+                    self.trace(Some(*number), Some(page), || format!("from {from}, in a run: {msg:?}"));
+                }
+                engine.run(&place, now, MemberId(from), &run, bytes)
+            }
+            _ => MemberSet::EMPTY,
+        }
     }
 
     /// A member's core is about to handle an event.

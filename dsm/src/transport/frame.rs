@@ -1,7 +1,10 @@
-//! The page protocol on the wire. Every frame is a [`Header`] of 48 bytes, then a page's 4096 bytes or nothing.
+//! The page protocol on the wire. Every frame is a [`Header`] of 48 bytes, then a page's 4096 bytes, a [run](super::run), or
+//! nothing.
 
+use super::run::{self, MAX_RUN, Run, TOKEN_LEN};
 use crate::addr::{Epoch, MAX_MEMBERS, MemberId, PAGE_SIZE};
 use crate::layout::{Layout, Page};
+use crate::protocol::pages::BLOCK;
 use crate::protocol::{Contents, MemberSet, Msg, Right, Terms, Token};
 use crate::seeded::{SeededFault, is_on};
 use thiserror::Error;
@@ -14,6 +17,8 @@ const MAGIC: u16 = 0x7053;
 pub const HEADER_LEN: usize = size_of::<Header>();
 /// Length of a page in bytes, as a `usize`.
 pub const PAGE_LEN: usize = 4096;
+/// Length of the longest frame in bytes.
+pub const MAX_FRAME: usize = HEADER_LEN + MAX_RUN as usize * (PAGE_LEN + TOKEN_LEN);
 const _: () = assert!(HEADER_LEN == 48 && PAGE_LEN as u64 == PAGE_SIZE);
 
 const GET: u8 = 1;
@@ -40,6 +45,8 @@ const DATA: u8 = 4;
 const ZERO: u8 = 8;
 /// Get: nobody waits for the page yet.
 const HINT: u8 = 16;
+/// As many messages as the token field says, see [`super::run`].
+const RUN: u8 = 32;
 
 /// The fixed part of a frame, little-endian.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -93,6 +100,14 @@ pub enum FrameError {
     /// A member that the memory does not have.
     #[error("a frame about members that do not exist")]
     Members,
+    /// Not a run of pages that anybody may speak of at once.
+    #[error("a frame about {count} pages from {gpa:#x} on")]
+    Run {
+        /// Address of the first.
+        gpa: u64,
+        /// How many.
+        count: u64,
+    },
     /// The length does not fit the kind.
     #[error("frame kind {kind} with {len} bytes behind it")]
     Length {
@@ -108,6 +123,8 @@ pub enum FrameError {
 pub enum Frame<D> {
     /// A message of the page protocol.
     Page(Page, Msg<D>),
+    /// As many messages of the page protocol as there are pages.
+    Run(Run),
     /// The sender is alive.
     Ping,
     /// The sender's time, and how long [slots](crate::protocol::slots) are.
@@ -241,14 +258,26 @@ impl Header {
         header
     }
 
+    /// `count` messages like `msg`, about the pages from `gpa` on. The caller appends the pages, if there are any, and the
+    /// tokens of all.
+    pub(crate) fn run(me: MemberId, epoch: Epoch, gpa: u64, msg: &Msg<()>, count: u32) -> Header {
+        let mut header = Header::message(me, epoch, gpa, msg);
+        let len = run::payload_len(u64::from(count), header.flags & DATA != 0 && header.kind == GRANT);
+        header.flags |= RUN;
+        header.token = U64::new(u64::from(count));
+        header.len = U32::new(len.and_then(|len| u32::try_from(len).ok()).unwrap_or(u32::MAX));
+        header
+    }
+
     /// Makes a header that means harm pass the first checks, for [`crate::hostile`].
     pub(crate) fn make_plausible(&mut self, from: MemberId, epoch: Epoch, pages: u64) {
         self.magic = U16::new(MAGIC);
         self.kind = self.kind % RESUME + 1;
         self.flags &= match self.kind {
-            GET => WRITE | HINT,
-            FORWARD => WRITE | WAITS | DATA,
-            GRANT => WRITE | WAITS | ZERO,
+            GET => WRITE | HINT | RUN,
+            FORWARD => WRITE | WAITS | DATA | RUN,
+            GRANT => WRITE | WAITS | ZERO | RUN,
+            DECLINE | DONE => RUN,
             _ => 0,
         };
         self.from = U16::new(from.0);
@@ -257,12 +286,36 @@ impl Header {
         self.requester = U16::new(self.requester.get() % 4);
         self.acks = U64::new(self.acks.get() % 16);
         self.len = U32::new(0);
+        if self.flags & RUN != 0 {
+            let count = self.token.get() % 6;
+            self.token = U64::new(count);
+            self.acks = U64::new(0);
+            self.len = U32::new(u32::try_from(count * 8).unwrap_or(0));
+        }
     }
 
-    /// Bytes that follow the header. At most a page; more is an error whatever the frame is.
+    /// How many messages the frame carries.
+    pub fn messages(&self) -> u32 {
+        if self.flags & RUN != 0 {
+            u32::try_from(self.token.get()).unwrap_or(MAX_RUN).min(MAX_RUN)
+        } else {
+            1
+        }
+    }
+
+    /// Bytes that follow the header. Never more than make a frame of [`MAX_FRAME`]; that is an error whatever the frame is.
     pub fn payload_len(&self) -> Result<usize, FrameError> {
         if self.magic.get() != MAGIC {
             return Err(FrameError::Magic(self.magic.get()));
+        }
+        if self.flags & RUN != 0 {
+            let (gpa, count) = (self.gpa.get(), self.token.get());
+            let has_pages = self.kind == GRANT && self.flags & DATA != 0;
+            let len = run::payload_len(count, has_pages).ok_or(FrameError::Run { gpa, count })?;
+            return match u32::try_from(len) {
+                Ok(said) if said == self.len.get() => Ok(len),
+                _ => Err(FrameError::Length { kind: self.kind, len: self.len.get() }),
+            };
         }
         match self.len.get() {
             0 => Ok(0),
@@ -289,17 +342,19 @@ impl Header {
             return Err(FrameError::Epoch { got: self.epoch.get(), ours: rules.epoch.0 });
         }
         let allowed = match kind {
-            GET => WRITE | HINT,
-            FORWARD => WRITE | WAITS | DATA,
-            GRANT => WRITE | WAITS | DATA | ZERO,
-            INVALIDATE | INV_ACK | PUT | RELEASE | DONE | PING | BYE | BEAT | DECLINE | RESUME => 0,
+            GET => WRITE | HINT | RUN,
+            FORWARD => WRITE | WAITS | DATA | RUN,
+            GRANT => WRITE | WAITS | DATA | ZERO | RUN,
+            DONE | DECLINE => RUN,
+            INVALIDATE | INV_ACK | PUT | RELEASE | PING | BYE | BEAT | RESUME => 0,
             _ => return Err(FrameError::Kind(kind)),
         };
         let contradictory = flags & DATA != 0 && flags & ZERO != 0;
         if flags & !allowed != 0 || contradictory {
             return Err(FrameError::Flags { kind, flags });
         }
-        if (payload != 0) != (kind == GRANT && flags & DATA != 0) {
+        let is_run = flags & RUN != 0;
+        if !is_run && (payload != 0) != (kind == GRANT && flags & DATA != 0) {
             return Err(FrameError::Length { kind, len: self.len.get() });
         }
         match kind {
@@ -346,97 +401,25 @@ impl Header {
             RELEASE => Msg::Release { token },
             _ => Msg::Done { token },
         };
-        Ok(Frame::Page(page, msg))
+        if !is_run {
+            return Ok(Frame::Page(page, msg));
+        }
+        let count = self.token.get();
+        match u32::try_from(count) {
+            Ok(count) if acks.is_empty() && is_one_run(rules.layout, page, count) => {
+                Ok(Frame::Run(Run { page, count, msg: msg.without_bytes() }))
+            }
+            _ => Err(FrameError::Run { gpa, count }),
+        }
     }
+}
+
+/// Whether the pages lie behind each other and in one block.
+fn is_one_run(layout: &Layout, page: Page, count: u32) -> bool {
+    let room = BLOCK - page.0 % BLOCK;
+    count <= room && layout.is_run(page, count)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::addr::HomeRange;
-
-    type Case = (Box<dyn Fn(&mut Header)>, FrameError);
-    const ME: MemberId = MemberId(1);
-
-    fn layout() -> Layout {
-        Layout::new(&[HomeRange { start: 0, len: 0x4000, home: MemberId(0) }]).unwrap()
-    }
-
-    fn messages() -> Vec<Msg<u8>> {
-        let token = Token(0x1234_5678_9abc);
-        let terms = Terms { token, right: Right::Modified, acks: MemberSet(0b100), done: true };
-        let read = Terms { token, right: Right::Shared, acks: MemberSet::EMPTY, done: false };
-        vec![
-            Msg::Get { write: true, token, hint: false },
-            Msg::Get { write: false, token, hint: true },
-            Msg::Decline { token },
-            Msg::Forward { requester: MemberId(2), terms, data: true },
-            Msg::Forward { requester: MemberId(2), terms, data: false },
-            Msg::Invalidate { requester: MemberId(2), token },
-            Msg::Grant { terms, contents: Contents::Bytes(7) },
-            Msg::Grant { terms, contents: Contents::Keep },
-            Msg::Grant { terms: read, contents: Contents::Zero },
-            Msg::InvAck { token },
-            Msg::Put { token },
-            Msg::Release { token },
-            Msg::Done { token },
-        ]
-    }
-
-    fn decode(header: &Header) -> Result<Frame<u8>, FrameError> {
-        let layout = layout();
-        let members = MemberSet(0b111);
-        header.decode(&Rules { peer: ME, epoch: Epoch(9), layout: &layout, members }, || 7)
-    }
-
-    #[test]
-    fn every_message_survives_the_wire() {
-        for msg in messages() {
-            let header = Header::message(ME, Epoch(9), 0x3000, &msg);
-            let bytes = header.as_bytes().to_vec();
-            let back = Header::read_from_bytes(&bytes).unwrap();
-            let has_page = matches!(msg, Msg::Grant { contents: Contents::Bytes(_), .. });
-            assert_eq!(back.payload_len().unwrap() != 0, has_page);
-            assert_eq!(decode(&back), Ok(Frame::Page(Page(3), msg)));
-        }
-        assert_eq!(decode(&Header::ping(ME, Epoch(9))), Ok(Frame::Ping));
-        let beat = Frame::Beat { clock: 1 << 50, shift: 21 };
-        assert_eq!(decode(&Header::beat(ME, Epoch(9), 1 << 50, 21)), Ok(beat));
-        assert_eq!(decode(&Header::bye(ME, Epoch(9))), Ok(Frame::Bye));
-    }
-
-    #[test]
-    fn a_wish_of_an_earlier_table_of_homes_is_passed_over() {
-        let wish = |epoch| Header::message(ME, epoch, 0x3000, &Msg::<u8>::Put { token: Token(1) });
-        assert_eq!(decode(&wish(Epoch(8))), Ok(Frame::Ping));
-        assert_eq!(decode(&wish(Epoch(10))), Err(FrameError::Epoch { got: 10, ours: 9 }));
-        assert_eq!(decode(&Header::ping(ME, Epoch(8))), Ok(Frame::Ping));
-    }
-
-    #[test]
-    fn what_no_honest_member_sends_is_refused() {
-        let good = Header::message(ME, Epoch(9), 0x3000, &messages()[3]);
-        let cases: Vec<Case> = vec![
-            (Box::new(|h| h.magic = U16::new(1)), FrameError::Magic(1)),
-            (Box::new(|h| h.kind = 99), FrameError::Kind(99)),
-            (Box::new(|h| h.flags = 0x80), FrameError::Flags { kind: FORWARD, flags: 0x80 }),
-            (Box::new(|h| h.from = U16::new(2)), FrameError::Sender(MemberId(2))),
-            (Box::new(|h| h.epoch = U64::new(8)), FrameError::Epoch { got: 8, ours: 9 }),
-            (Box::new(|h| h.gpa = U64::new(0x3001)), FrameError::Gpa(0x3001)),
-            (Box::new(|h| h.gpa = U64::new(0x4000)), FrameError::Gpa(0x4000)),
-            (Box::new(|h| h.requester = U16::new(3)), FrameError::Members),
-            (Box::new(|h| h.requester = U16::new(900)), FrameError::Members),
-            (Box::new(|h| h.acks = U64::new(8)), FrameError::Members),
-            (Box::new(|h| h.len = U32::new(4096)), FrameError::Length { kind: FORWARD, len: 4096 }),
-            (Box::new(|h| h.len = U32::new(u32::MAX)), FrameError::Length { kind: FORWARD, len: u32::MAX }),
-        ];
-        for (spoil, error) in cases {
-            let mut bad = good;
-            spoil(&mut bad);
-            assert_eq!(decode(&bad), Err(error));
-        }
-        let mut grant = Header::message(ME, Epoch(9), 0, &messages()[6]);
-        grant.len = U32::new(0);
-        assert_eq!(decode(&grant), Err(FrameError::Length { kind: GRANT, len: 0 }));
-    }
-}
+#[path = "frame_tests.rs"]
+mod tests;

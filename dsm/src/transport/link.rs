@@ -7,7 +7,7 @@
 //! A link that keeps its frames outlives its stream: what the peer has not said to have received is sent again on the next
 //! one, see [`super::kept`].
 
-use super::frame::{Header, PAGE_LEN};
+use super::frame::{HEADER_LEN, Header, MAX_FRAME};
 use super::kept::{Gap, Kept};
 use crate::addr::MemberId;
 use crate::seeded::{SeededFault, is_on};
@@ -16,7 +16,7 @@ use std::io;
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
-use zerocopy::IntoBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
 /// Whether everything is on its way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,9 +29,45 @@ pub enum Flush {
 
 /// Frames that wait for the writer.
 #[derive(Debug, Default)]
-struct Queue {
+pub struct Queue {
     bytes: Vec<u8>,
     frames: u64,
+    /// What the frames say to have come.
+    received: u64,
+}
+
+impl Queue {
+    /// Begins a frame: leaves room for its header. Returns where, for [`Queue::finish`].
+    pub fn begin(&mut self) -> usize {
+        let at = self.bytes.len();
+        self.bytes.extend_from_slice(&[0; HEADER_LEN]);
+        at
+    }
+
+    /// What has been queued so far, to append what follows the header.
+    pub fn bytes(&mut self) -> &mut Vec<u8> {
+        &mut self.bytes
+    }
+
+    /// Ends the frame that began at `at`.
+    pub fn finish(&mut self, at: usize, mut header: Header) {
+        header.set_received(self.received);
+        debug_assert!(self.bytes.len() <= at + MAX_FRAME);
+        if let Some(room) = self.bytes.get_mut(at..at + HEADER_LEN) {
+            room.copy_from_slice(header.as_bytes());
+        }
+        self.frames += 1;
+    }
+
+    /// The headers of the frames from `at` on, where one begins.
+    pub(crate) fn headers(&self, at: usize) -> impl Iterator<Item = Header> {
+        let mut rest = self.bytes.get(at..).unwrap_or(&[]);
+        std::iter::from_fn(move || {
+            let header = Header::read_from_bytes(rest.get(..HEADER_LEN)?).ok()?;
+            rest = rest.get(HEADER_LEN + header.payload_len().ok()?..)?;
+            Some(header)
+        })
+    }
 }
 
 #[derive(Debug)]
@@ -160,29 +196,18 @@ impl<S: Socket> Link<S> {
         self.sent_messages.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Queues a frame with a page that `fill` appends to the buffer. `fill` may also take the page back, if it is all
-    /// zero; it returns the header that fits. On an error nothing is queued.
-    pub fn push_page<E>(&self, fill: impl FnOnce(&mut Vec<u8>) -> Result<Header, E>) -> Result<(), E> {
-        let mut guard = lock(&self.queue);
-        let Queue { bytes: queue, frames } = &mut *guard;
-        let at = queue.len();
-        queue.extend_from_slice(&[0; size_of::<Header>()]);
-        match fill(queue) {
-            Ok(mut header) => {
-                header.set_received(self.received());
-                *frames += 1;
-                debug_assert!(queue.len() <= at + size_of::<Header>() + PAGE_LEN);
-                if let Some(room) = queue.get_mut(at..at + size_of::<Header>()) {
-                    room.copy_from_slice(header.as_bytes());
-                }
-                self.sent_messages.fetch_add(1, Ordering::Relaxed);
-                Ok(())
-            }
-            Err(e) => {
-                queue.truncate(at);
-                Err(e)
-            }
+    /// Queues the frames that `fill` appends. On an error none of them is queued.
+    pub fn push_with<E>(&self, fill: impl FnOnce(&mut Queue) -> Result<(), E>) -> Result<(), E> {
+        let mut queue = lock(&self.queue);
+        queue.received = self.received();
+        let (at, before) = (queue.bytes.len(), queue.frames);
+        let result = fill(&mut queue);
+        if result.is_err() {
+            queue.bytes.truncate(at);
+            queue.frames = before;
         }
+        self.sent_messages.fetch_add(queue.frames - before, Ordering::Relaxed);
+        result
     }
 
     /// Writes as much of the queue as the socket takes now.

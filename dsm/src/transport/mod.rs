@@ -2,6 +2,7 @@
 //!
 //! - [`mesh`] connects every member with every other and authenticates both ends ([`handshake`]).
 //! - [`frame`] is the page protocol on the wire: a fixed little-endian header, then a page or nothing.
+//! - [`run`] puts messages about neighbouring pages into one frame.
 //! - [`link`] sends without ever blocking: what the socket does not take at once waits in a queue.
 
 pub mod frame;
@@ -11,3 +12,4 @@ pub mod link;
 pub mod mesh;
 pub mod reader;
 pub mod redial;
+pub mod run;

@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use thiserror::Error;
 use zerocopy::FromBytes;
 
-/// Frames that fit into one read; more wait in the socket.
+/// Bytes of one read; more wait in the socket. The first long frame makes room for one of its length.
 const CAPACITY: usize = 16 * (HEADER_LEN + PAGE_LEN);
 
 /// No further frame comes out of a stream.
@@ -48,6 +48,9 @@ impl<R: Read> FrameReader<R> {
     /// Makes sure that `need` bytes (at most one frame) are in the buffer; `Ok(false)` at the end of the stream
     /// with nothing in the buffer.
     fn fill(&mut self, need: usize, on_read: &mut impl FnMut(usize)) -> Result<bool, ReadError> {
+        if self.buf.len() < need {
+            self.buf.resize(need, 0);
+        }
         while self.end - self.start < need {
             if self.buf.len() - self.start < need {
                 self.buf.copy_within(self.start..self.end, 0);
