@@ -119,7 +119,7 @@ fn what_is_not_there_is_an_error() {
     for result in [
         region.fill(Page(2), &[0; PAGE], false),
         region.protect(Page(2), 1),
-        region.protect(Page(0), 2),
+        region.protect(Page(0), 3),
         region.discard(Page(0), u32::MAX),
         region.discard(Page(9), 1),
         region.wake(Page(2), 1),
