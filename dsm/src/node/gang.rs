@@ -13,6 +13,8 @@ use std::collections::HashMap;
 
 /// Most pages that are asked for together.
 const MOST: usize = 64;
+/// Most pages that count as called at a time; more threads than that seldom wait at once.
+const MOST_CALLED: usize = 16;
 /// A new page sits out one call of so many.
 const FIRST_TERM: u32 = 16;
 /// How often the time between two such calls can double.
@@ -33,8 +35,8 @@ struct Habit {
 #[derive(Debug, Default)]
 pub(super) struct Gang {
     lost: Vec<Page>,
-    /// The page whose fault called the gang last, until it comes.
-    called: Option<Page>,
+    /// The pages whose faults called the gang last, until they come.
+    called: Vec<Page>,
     calls: u32,
     losses: u32,
     habits: HashMap<Page, Habit>,
@@ -45,7 +47,7 @@ impl Gang {
     /// called at the moment.
     pub(super) fn lost(&mut self, page: Page) -> Option<Page> {
         self.losses = self.losses.saturating_add(1);
-        if self.called.is_some_and(|called| called != page) {
+        if self.called.iter().any(|called| *called != page) {
             self.lost.retain(|p| *p != page);
             return Some(page);
         }
@@ -66,13 +68,20 @@ impl Gang {
 
     /// Pages have come.
     pub(super) fn came(&mut self, first: Page, count: u32) {
-        self.called =
-            self.called.filter(|called| !(first.0..first.0.saturating_add(count)).contains(&called.0));
+        let run = first.0..first.0.saturating_add(count);
+        self.called.retain(|called| !run.contains(&called.0));
     }
 
-    /// The member faulted on `page`, which is contended: the pages to ask for along with it.
+    /// The member faulted on `page`, which is contended: the pages to ask for along with it. A fault that is only repeated,
+    /// as the kernel does for a thread that has a signal pending, calls nobody: others would seem to sit out in vain.
     pub(super) fn call(&mut self, page: Page) -> Vec<Page> {
-        self.called = Some(page);
+        if self.called.contains(&page) {
+            return Vec::new();
+        }
+        if self.called.len() == MOST_CALLED {
+            self.called.remove(0);
+        }
+        self.called.push(page);
         self.calls = self.calls.wrapping_add(1);
         self.missed(page);
         let lost = std::mem::take(&mut self.lost);
@@ -124,6 +133,9 @@ mod tests {
         assert_eq!(gang.lost(Page(5)), Some(Page(5)), "lost while the gang is called: asked for at once");
         gang.came(Page(2), 1);
         assert!(gang.call(Page(3)).is_empty(), "asked for already");
+        assert_eq!(gang.calls, 2);
+        assert!(gang.call(Page(3)).is_empty(), "a fault that is repeated");
+        assert_eq!(gang.calls, 2);
         gang.came(Page(3), 1);
         assert_eq!(gang.lost(Page(5)), None);
     }
