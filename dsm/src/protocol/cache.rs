@@ -679,7 +679,8 @@ impl<D> Cache<D> {
             && let Some(age) = self.age(now, page)
         {
             let level = self.level(page);
-            let until = self.held_until(now, level, age, demand);
+            let (requester, token) = demand.requester();
+            let until = self.held_until(now, page, age, requester, token.is_patient());
             let next = self.hold.next_level(level, age);
             if next != level {
                 self.set_level(page, next);
@@ -695,14 +696,14 @@ impl<D> Cache<D> {
     }
 
     /// Until when a page that came `age` ago stays here. The past if it need not.
-    fn held_until(&self, now: u64, level: u8, age: u64, demand: Demand) -> u64 {
+    fn held_until(&self, now: u64, page: Page, age: u64, requester: MemberId, is_patient: bool) -> u64 {
+        let level = self.level(page);
         let until = |hold: u64| now.saturating_add(hold.saturating_sub(age));
         let least = until(self.hold.time(0));
         if self.resting || now < self.soft_until {
             return least;
         }
-        let (requester, token) = demand.requester();
-        let (mine, theirs) = (self.is_patient(now), token.is_patient());
+        let (mine, theirs) = (self.is_patient(now), is_patient);
         if mine && !theirs && self.hold.is_contended(level) {
             return least;
         }
@@ -710,6 +711,32 @@ impl<D> Cache<D> {
         match turn.filter(|_| self.hold.is_contended(level)) {
             Some(turn) => turn.max(least),
             None => until(self.hold.time(level)),
+        }
+    }
+
+    /// Somebody waits behind the one that a held page is for: a hold that one would not have to wait for ends.
+    pub(super) fn awaited(
+        &mut self,
+        now: u64,
+        page: Page,
+        requester: MemberId,
+        is_patient: bool,
+        home: MemberId,
+        fx: &mut Effects<D>,
+    ) {
+        let Some(until) = self.deferred.get(&page).map(|d| d.until) else { return };
+        let age = self.age(now, page).unwrap_or(u64::MAX);
+        let sooner = self.held_until(now, page, age, requester, is_patient);
+        if sooner >= until {
+            return;
+        }
+        if sooner <= now {
+            if let Some(deferred) = self.deferred.remove(&page) {
+                self.serve(page, deferred.demand, home, fx);
+            }
+        } else if let Some(deferred) = self.deferred.get_mut(&page) {
+            deferred.until = sooner;
+            fx.push(Command::Timer { page, at: sooner });
         }
     }
 

@@ -333,7 +333,9 @@ impl<D> Core<D> {
             Msg::Get { .. } | Msg::Done { .. } | Msg::Put { .. } if home != self.me => {
                 Err("took this member for the home of the page")
             }
-            Msg::Forward { .. } | Msg::Invalidate { .. } | Msg::Release { .. } if home != from => {
+            Msg::Forward { .. } | Msg::Invalidate { .. } | Msg::Release { .. } | Msg::Awaited { .. }
+                if home != from =>
+            {
                 Err("spoke for a home that it is not")
             }
             Msg::Get { write, token, hint } => {
@@ -357,6 +359,10 @@ impl<D> Core<D> {
             }
             Msg::Invalidate { requester, token } => {
                 self.cache.demand(now, page, Demand::Drop { requester, token }, home, fx)
+            }
+            Msg::Awaited { requester, patient } => {
+                self.cache.awaited(now, page, requester, patient, home, fx);
+                Ok(())
             }
             Msg::Decline { token } => self.cache.declined(now, page, from, token, home, fx),
             Msg::Grant { terms, contents } => self.cache.grant(now, page, from, terms, contents, home, fx),

@@ -113,7 +113,20 @@ struct Busy {
     closer: MemberId,
     /// Who must not ask again before it has its answer; nobody if it did not ask.
     requester: Option<MemberId>,
+    /// Who was told to answer.
+    answering: MemberSet,
     queue: VecDeque<Request>,
+}
+
+impl Busy {
+    /// Tells those that answer who waits behind the one for whom they do: see [`Msg::Awaited`].
+    fn announce<D>(&self, page: Page, waiting: &Request, fx: &mut Effects<D>) {
+        // Nobody holds a page against itself.
+        for holder in self.answering.without(waiting.from).iter() {
+            let patient = waiting.token.is_patient();
+            fx.send(holder, page, Msg::Awaited { requester: waiting.from, patient });
+        }
+    }
 }
 
 /// The directory of one core's share of the pages homed at this member.
@@ -208,6 +221,7 @@ impl Directory {
             if request.hint {
                 fx.send(from, page, Msg::Decline { token });
             } else {
+                busy.announce(page, &request, fx);
                 busy.queue.push_back(request);
             }
             return Ok(());
@@ -238,7 +252,8 @@ impl Directory {
                 };
                 self.set_sharers(page, owner, others);
                 fx.send(from, page, Msg::Release { token });
-                let busy = Busy { token, closer: from, requester: None, queue: VecDeque::new() };
+                let answering = MemberSet::EMPTY;
+                let busy = Busy { token, closer: from, requester: None, answering, queue: VecDeque::new() };
                 self.busy.insert(page, busy);
                 false
             }
@@ -279,11 +294,15 @@ impl Directory {
         let mut next = Some(request);
         while let Some(request) = next {
             let Request { from: requester, token, .. } = request;
-            if let Some(closer) =
+            if let Some((closer, answering)) =
                 self.transact(page, request, fx).map_err(|rule| Blame { who: requester, rule })?
                 && !is_on(SeededFault::EarlyNext)
             {
-                self.busy.insert(page, Busy { token, closer, requester: Some(requester), queue });
+                let busy = Busy { token, closer, requester: Some(requester), answering, queue };
+                for waiting in &busy.queue {
+                    busy.announce(page, waiting, fx);
+                }
+                self.busy.insert(page, busy);
                 return Ok(());
             }
             next = queue.pop_front();
@@ -291,13 +310,14 @@ impl Directory {
         Ok(())
     }
 
-    /// Sends what a request takes. Returns whose `Done` will end the transaction, or `None` if it has ended.
+    /// Sends what a request takes. Returns whose `Done` will end the transaction and who must answer before, or `None` if it
+    /// has ended.
     fn transact<D>(
         &mut self,
         page: Page,
         request: Request,
         fx: &mut Effects<D>,
-    ) -> Result<Option<MemberId>, Rule> {
+    ) -> Result<Option<(MemberId, MemberSet)>, Rule> {
         let Request { from, write, token, .. } = request;
         let me = self.me;
         let right = if write { Right::Modified } else { Right::Shared };
@@ -323,7 +343,7 @@ impl Directory {
                 let done = owner != me;
                 let terms = Terms { token, right, acks: MemberSet::EMPTY, done };
                 fx.send(owner, page, Msg::Forward { requester: from, terms, data: true });
-                Ok(Some(if done { from } else { me }))
+                Ok(Some((if done { from } else { me }, MemberSet::only(owner))))
             }
             Holders::Shared { owner, sharers } if !write => {
                 if sharers.has(from) {
@@ -334,7 +354,7 @@ impl Directory {
                 let done = source != me;
                 let terms = Terms { token, right, acks: MemberSet::EMPTY, done };
                 fx.send(source, page, Msg::Forward { requester: from, terms, data: true });
-                Ok(Some(if done { from } else { me }))
+                Ok(Some((if done { from } else { me }, MemberSet::only(source))))
             }
             Holders::Shared { owner, sharers } => {
                 let data = !sharers.has(from);
@@ -360,11 +380,11 @@ impl Directory {
                 match source {
                     Some(source) => {
                         fx.send(source, page, Msg::Forward { requester: from, terms, data });
-                        Ok(Some(if done { from } else { me }))
+                        Ok(Some((if done { from } else { me }, acks.with(source))))
                     }
                     None => {
                         fx.send(from, page, Msg::Grant { terms, contents: Contents::Keep });
-                        Ok(done.then_some(from))
+                        Ok(done.then_some((from, acks)))
                     }
                 }
             }

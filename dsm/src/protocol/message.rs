@@ -153,6 +153,14 @@ pub enum Msg<D> {
         /// The holder's number.
         token: Token,
     },
+    /// Home to a member that must answer for a page: behind the one for whom it is, this one waits. A hint: whoever holds the
+    /// page against the one in front lets go of it when this one goes first.
+    Awaited {
+        /// Who waits.
+        requester: MemberId,
+        /// Its request is [patient](Token).
+        patient: bool,
+    },
     /// Requester to home: I have it (or have dropped it); go on with the next request.
     Done {
         /// The requester's number.
@@ -178,6 +186,7 @@ impl<D> Msg<D> {
             Msg::InvAck { token } => Msg::InvAck { token },
             Msg::Put { token } => Msg::Put { token },
             Msg::Release { token } => Msg::Release { token },
+            Msg::Awaited { requester, patient } => Msg::Awaited { requester, patient },
             Msg::Done { token } => Msg::Done { token },
             Msg::Decline { token } => Msg::Decline { token },
         }
@@ -200,12 +209,13 @@ impl<D> Msg<D> {
             Msg::InvAck { token } => Msg::InvAck { token: *token },
             Msg::Put { token } => Msg::Put { token: *token },
             Msg::Release { token } => Msg::Release { token: *token },
+            Msg::Awaited { requester, patient } => Msg::Awaited { requester: *requester, patient: *patient },
             Msg::Done { token } => Msg::Done { token: *token },
             Msg::Decline { token } => Msg::Decline { token: *token },
         }
     }
 
-    /// The number of the request that it is about.
+    /// The number of the request that it is about; 0 if that is not said.
     pub(crate) fn token(&self) -> Token {
         match self {
             Msg::Forward { terms, .. } | Msg::Grant { terms, .. } => terms.token,
@@ -216,6 +226,7 @@ impl<D> Msg<D> {
             | Msg::Put { token }
             | Msg::Release { token }
             | Msg::Done { token } => *token,
+            Msg::Awaited { .. } => Token(0),
         }
     }
 
@@ -230,6 +241,7 @@ impl<D> Msg<D> {
             | Msg::Put { token }
             | Msg::Release { token }
             | Msg::Done { token } => *token = new,
+            Msg::Awaited { .. } => {}
         }
         self
     }

@@ -34,6 +34,7 @@ const RELEASE: u8 = 10;
 const BEAT: u8 = 11;
 const DECLINE: u8 = 12;
 const RESUME: u8 = 13;
+const AWAITED: u8 = 14;
 
 /// The right asked for or granted is to write.
 const WRITE: u8 = 1;
@@ -47,6 +48,8 @@ const ZERO: u8 = 8;
 const HINT: u8 = 16;
 /// As many messages as the token field says, see [`super::run`].
 const RUN: u8 = 32;
+/// Awaited: the request that waits is patient.
+const PATIENT: u8 = 64;
 
 /// The fixed part of a frame, little-endian.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -223,6 +226,7 @@ impl Header {
             Msg::InvAck { .. } => Header::new(me, epoch, INV_ACK),
             Msg::Put { .. } => Header::new(me, epoch, PUT),
             Msg::Release { .. } => Header::new(me, epoch, RELEASE),
+            Msg::Awaited { .. } => Header::new(me, epoch, AWAITED),
             Msg::Done { .. } => Header::new(me, epoch, DONE),
             Msg::Decline { .. } => Header::new(me, epoch, DECLINE),
         };
@@ -249,6 +253,10 @@ impl Header {
                 }
                 Contents::Keep => {}
             },
+            Msg::Awaited { requester, patient } => {
+                header.requester = U16::new(requester.0);
+                header.flags |= if *patient { PATIENT } else { 0 };
+            }
             Msg::InvAck { token }
             | Msg::Put { token }
             | Msg::Release { token }
@@ -272,12 +280,13 @@ impl Header {
     /// Makes a header that means harm pass the first checks, for [`crate::hostile`].
     pub(crate) fn make_plausible(&mut self, from: MemberId, epoch: Epoch, pages: u64) {
         self.magic = U16::new(MAGIC);
-        self.kind = self.kind % RESUME + 1;
+        self.kind = self.kind % AWAITED + 1;
         self.flags &= match self.kind {
             GET => WRITE | HINT | RUN,
             FORWARD => WRITE | WAITS | DATA | RUN,
             GRANT => WRITE | WAITS | ZERO | RUN,
             DECLINE | DONE => RUN,
+            AWAITED => PATIENT,
             _ => 0,
         };
         self.from = U16::new(from.0);
@@ -346,6 +355,7 @@ impl Header {
             FORWARD => WRITE | WAITS | DATA | RUN,
             GRANT => WRITE | WAITS | DATA | ZERO | RUN,
             DONE | DECLINE => RUN,
+            AWAITED => PATIENT,
             INVALIDATE | INV_ACK | PUT | RELEASE | PING | BYE | BEAT | RESUME => 0,
             _ => return Err(FrameError::Kind(kind)),
         };
@@ -375,7 +385,7 @@ impl Header {
         };
         let requester = MemberId(self.requester.get());
         let acks = MemberSet(self.acks.get());
-        let names = matches!(kind, FORWARD | INVALIDATE);
+        let names = matches!(kind, FORWARD | INVALIDATE | AWAITED);
         let known = usize::from(requester.0) < MAX_MEMBERS && rules.members.has(requester);
         if (names && !known) || acks.0 & !rules.members.0 != 0 {
             return Err(FrameError::Members);
@@ -399,6 +409,7 @@ impl Header {
             INV_ACK => Msg::InvAck { token },
             PUT => Msg::Put { token },
             RELEASE => Msg::Release { token },
+            AWAITED => Msg::Awaited { requester, patient: flags & PATIENT != 0 },
             _ => Msg::Done { token },
         };
         if !is_run {

@@ -25,6 +25,8 @@ fn messages() -> Vec<Msg<u8>> {
         Msg::InvAck { token },
         Msg::Put { token },
         Msg::Release { token },
+        Msg::Awaited { requester: MemberId(2), patient: true },
+        Msg::Awaited { requester: MemberId(0), patient: false },
         Msg::Done { token },
     ]
 }

@@ -53,7 +53,11 @@ pub(crate) fn is_alike(a: &Msg<()>, b: &Msg<()>) -> bool {
     let may_run = match a {
         Msg::Get { .. } | Msg::Decline { .. } | Msg::Done { .. } => true,
         Msg::Forward { terms, .. } | Msg::Grant { terms, .. } => terms.acks.is_empty(),
-        Msg::Invalidate { .. } | Msg::InvAck { .. } | Msg::Put { .. } | Msg::Release { .. } => false,
+        Msg::Invalidate { .. }
+        | Msg::InvAck { .. }
+        | Msg::Put { .. }
+        | Msg::Release { .. }
+        | Msg::Awaited { .. } => false,
     };
     may_run && *a == b.clone().with_token(a.token())
 }
