@@ -13,7 +13,7 @@ from . import agent, console, images
 from .common import TARGET, Failure, die_with_parent, kill_group, say
 
 LEAN = ("lsm= psi=0 numa_balancing=disable audit=0 cgroup_disable=memory transparent_hugepage=never "
-        "initcall_blacklist=tracer_init_tracefs")
+        "initcall_blacklist=tracer_init_tracefs relax_domain_level=3 sysctl.vm.stat_interval=60 sysctl.vm.compaction_proactiveness=0")
 """What a guest on emulated processors does without: work at boot and in the background that has nothing to do with its
 being one machine. It boots with all of that, too, only later; the watchdogs stay."""
 PORT = 7410
@@ -31,6 +31,8 @@ class Plan:
     linger: int = 0
     """Seconds that the guest waits before it powers off, so that it can be looked at."""
     disk_mib: int = 0
+    all_cpus_boot: bool = False
+    """The kernel starts all CPUs itself; else the guest's init brings up all but the first (in the lab)."""
     extra: str = ""
     """More of the kernel command line."""
     options: list = field(default_factory=list)
@@ -42,6 +44,8 @@ class Plan:
         words = ["console=ttyS0", "quiet", "panic=-1", "mitigations=off", "random.trust_cpu=on", f'spanvm.run="{self.run}"']
         if where.mode == "lab":
             words.append(LEAN)
+            if not self.all_cpus_boot:
+                words.append("maxcpus=1")
         if self.linger:
             words.append(f"spanvm.linger={self.linger}")
         return " ".join(words + ([self.extra] if self.extra else []))
@@ -58,6 +62,8 @@ class Outcome:
     """spanvm's standard error."""
     init_s: float = None
     """Seconds from the launch to the guest's first process, by this machine's clock."""
+    ready_s: float = None
+    """Seconds from the launch until all CPUs are up and the guest's command begins."""
     total_s: float = 0.0
     info: dict = field(default_factory=dict)
     """The newest `spanvm info --json`."""
@@ -216,6 +222,8 @@ def boot(where, plan, show=None):
                 outcome.text += text
             if outcome.init_s is None and "SPANVM-INIT uptime_s=" in outcome.text:
                 outcome.init_s = time.monotonic() - start
+            if outcome.ready_s is None and "SPANVM-GUEST nproc=" in outcome.text:
+                outcome.ready_s = time.monotonic() - start
             if "SPANVM-END status=" in outcome.text:
                 ended.set()
             if show:

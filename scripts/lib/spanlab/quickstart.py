@@ -56,7 +56,7 @@ def report(mode, plan, outcome):
         "cpus": facts.get("nproc", 0),
         "numa_nodes": facts.get("numa_nodes", 0),
         "mem_mib": facts.get("mem_mib", 0),
-        "boot_s": round(outcome.init_s or 0, 1),
+        "boot_s": round(outcome.ready_s or 0, 1),
         "kernel": facts.get("kernel", ""),
         "kernel_package": debian.get().package,
         "remote_faults": outcome.remote_faults,

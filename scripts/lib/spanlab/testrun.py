@@ -173,7 +173,7 @@ def _lab_guest(left, members):
     outcome.check()
     found = quickstart.report("lab", plan, outcome)
     quickstart.judge(found, plan)
-    return f"init after {found['boot_s']} s, {found['remote_faults']} remote faults, {len(found['conformance'])} checks"
+    return f"all CPUs after {found['boot_s']} s, {found['remote_faults']} remote faults, {len(found['conformance'])} checks"
 
 
 @dataclass
