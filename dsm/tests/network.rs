@@ -137,6 +137,18 @@ fn a_member_that_is_killed_does_not_come_back() {
     lose(&lan, group, |_, group| group.peers[1].kill(), "not connected again within 1.5s");
 }
 
+#[test]
+fn a_member_that_is_connected_but_silent_is_named() {
+    let tuning = Tuning { deadline_ms: 1000, grace_ms: 1500, ..Tuning::default() };
+    let Some((lan, group)) = start(tuning) else { return };
+    let stop = |_: &Lan, group: &mut Group| signal("-STOP", group.peers[1].pid());
+    lose(&lan, group, stop, "not connected again within 1.5s");
+}
+
+fn signal(name: &str, pid: u32) {
+    assert!(Command::new("kill").args([name, &pid.to_string()]).status().unwrap().success());
+}
+
 /// What goes wrong, and for how long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Trouble {
@@ -181,10 +193,6 @@ fn make_trouble(
         let some = [60, 250, 600, 1500][random.index(4)];
         let (kind, millis) = first.next().unwrap_or((any, some));
         let pause = Duration::from_millis(millis);
-        let signal = |name: &str| {
-            let pid = pids[usize::from(n)].to_string();
-            assert!(Command::new("kill").args([name, &pid]).status().unwrap().success());
-        };
         let mut times = 1;
         match kind {
             Unplugged => {
@@ -204,9 +212,10 @@ fn make_trouble(
                 lan.fast(n);
             }
             Stopped => {
-                signal("-STOP");
+                let pid = pids[usize::from(n)];
+                signal("-STOP", pid);
                 thread::sleep(pause);
-                signal("-CONT");
+                signal("-CONT", pid);
             }
             Reset | Slow => continue,
         }

@@ -5,13 +5,15 @@ use crate::addr::MemberId;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{TcpListener, TcpStream};
-use std::sync::atomic::AtomicBool;
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 /// A handshake takes no longer than this, or the caller is a stranger.
 const HANDSHAKE: Duration = Duration::from_secs(2);
+/// Callers that may be in the middle of a handshake at once; more wait in the backlog.
+const MOST: usize = 64;
 /// Pause between two looks for a caller.
 const GLANCE: Duration = Duration::from_millis(2);
 
@@ -20,20 +22,32 @@ const GLANCE: Duration = Duration::from_millis(2);
 #[derive(Debug)]
 pub struct Redial {
     listener: TcpListener,
+    shared: Arc<Shared>,
+}
+
+/// What the threads that answer callers need.
+#[derive(Debug)]
+struct Shared {
     cfg: MeshConfig,
     /// Callers that were let in and that nobody has asked for yet, by member and channel.
     arrived: Mutex<BTreeMap<(MemberId, u16), TcpStream>>,
-    /// Held by whoever answers callers, for all.
-    door: Mutex<()>,
+    busy: AtomicUsize,
     never: AtomicBool,
+}
+
+impl Shared {
+    fn arrived(&self) -> MutexGuard<'_, BTreeMap<(MemberId, u16), TcpStream>> {
+        self.arrived.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Redial {
     /// `listener` is a clone of the one that [`super::mesh::connect`] was given with the same configuration.
     pub fn new(listener: TcpListener, cfg: MeshConfig) -> io::Result<Redial> {
         listener.set_nonblocking(true)?;
-        let (arrived, door) = (Mutex::default(), Mutex::new(()));
-        Ok(Redial { listener, cfg, arrived, door, never: AtomicBool::new(false) })
+        let (arrived, busy) = (Mutex::default(), AtomicUsize::new(0));
+        let shared = Shared { cfg, arrived, busy, never: AtomicBool::new(false) };
+        Ok(Redial { listener, shared: Arc::new(shared) })
     }
 
     /// A new stream of a channel to or from `peer`, by `end`.
@@ -41,47 +55,58 @@ impl Redial {
     /// # Errors
     /// Nobody is there, or not who should be. A caller may try again until `end`.
     pub fn stream(&self, peer: MemberId, channel: u16, end: Instant) -> io::Result<TcpStream> {
-        if peer > self.cfg.me {
+        let Shared { cfg, never, .. } = &*self.shared;
+        if peer > cfg.me {
             return self.wait((peer, channel), end);
         }
-        let to = self.cfg.peers.iter().find(|(p, _)| *p == peer);
+        let to = cfg.peers.iter().find(|(p, _)| *p == peer);
         let (_, addr) = to.ok_or_else(|| io::Error::other("it is no peer"))?;
         let soon = end.min(Instant::now() + HANDSHAKE);
-        call(&self.cfg, peer, *addr, channel, soon, &self.never).map_err(io::Error::other)
+        call(cfg, peer, *addr, channel, soon, never).map_err(io::Error::other)
     }
 
     fn wait(&self, wanted: (MemberId, u16), end: Instant) -> io::Result<TcpStream> {
         loop {
-            let mut arrived = self.arrived.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(stream) = arrived.remove(&wanted) {
+            let arrived = self.shared.arrived().remove(&wanted);
+            if let Some(stream) = arrived {
                 return Ok(stream);
             }
-            drop(arrived);
             if Instant::now() >= end {
                 return Err(io::ErrorKind::TimedOut.into());
             }
-            // Another thread that waits may be at the door: it lets in whoever comes.
-            if let Ok(_door) = self.door.try_lock() {
-                self.answer()?;
-            }
+            self.answer()?;
             thread::sleep(GLANCE);
         }
     }
 
+    /// Lets in whoever is at the door. Each caller has a thread of its own, so that a stranger who says nothing holds
+    /// nobody up.
     fn answer(&self) -> io::Result<()> {
         use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
-        let mut stream = match self.listener.accept() {
-            Ok((stream, _)) => stream,
-            Err(e) if matches!(e.kind(), WouldBlock | ConnectionAborted | Interrupted) => return Ok(()),
-            Err(e) => return Err(e),
-        };
-        match receive(&mut stream, &self.cfg, Instant::now() + HANDSHAKE, &self.never) {
-            Ok(Ok(caller)) => {
-                // The newest counts: its caller has given up those before.
-                self.arrived.lock().unwrap_or_else(PoisonError::into_inner).insert(caller, stream);
+        while self.shared.busy.load(Ordering::Relaxed) < MOST {
+            let mut stream = match self.listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(e) if matches!(e.kind(), WouldBlock | ConnectionAborted | Interrupted) => return Ok(()),
+                Err(e) => return Err(e),
+            };
+            let shared = self.shared.clone();
+            shared.busy.fetch_add(1, Ordering::Relaxed);
+            let thread = thread::Builder::new().name("dsm-door".into());
+            let greeter = thread.spawn(move || {
+                match receive(&mut stream, &shared.cfg, Instant::now() + HANDSHAKE, &shared.never) {
+                    Ok(Ok(caller)) => {
+                        // The newest counts: its caller has given up those before.
+                        shared.arrived().insert(caller, stream);
+                    }
+                    Ok(Err(reason)) => tracing::debug!("a caller was refused: {reason}"),
+                    Err(e) => tracing::debug!("a stranger called: {e}"),
+                }
+                shared.busy.fetch_sub(1, Ordering::Relaxed);
+            });
+            if let Err(e) = greeter {
+                self.shared.busy.fetch_sub(1, Ordering::Relaxed);
+                return Err(e);
             }
-            Ok(Err(reason)) => tracing::debug!("a caller was refused: {reason}"),
-            Err(e) => tracing::debug!("a stranger called: {e}"),
         }
         Ok(())
     }

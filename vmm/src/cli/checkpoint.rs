@@ -171,8 +171,12 @@ pub(crate) fn wish(
     secret_file: Option<PathBuf>,
     start_timeout: Duration,
 ) -> VmSpec {
-    let member =
-        |host: &Option<HostPort>| crate::config::MemberSpec { host: host.clone(), cpus: 1, memory: 0 };
+    let member = |host: &Option<HostPort>| crate::config::MemberSpec {
+        host: host.clone(),
+        cpus: 1,
+        memory: 0,
+        budget: None,
+    };
     VmSpec {
         name,
         kernel: PathBuf::new(),

@@ -44,7 +44,8 @@ pub struct LaunchArgs {
     /// One member on each of these hosts, through their node daemons; the first one boots the guest.
     #[arg(long, value_name = "HOST[:PORT],..", value_delimiter = ',')]
     pub on: Option<Vec<String>>,
-    /// One member with its share, such as host=H:PORT,cpus=2,memory=1G; any part may be left out. Repeat it.
+    /// One member with its share, such as host=H:PORT,cpus=2,memory=1G; any part may be left out. With budget=1200M it keeps no
+    /// more than that of the guest's memory, wherever that has its home. Repeat it.
     #[arg(long, value_name = "SHARE", conflicts_with_all = ["members", "on"])]
     pub member: Vec<String>,
     /// A disk: a raw image or block device on its member's host. Repeat it.
@@ -62,6 +63,10 @@ pub struct LaunchArgs {
     /// userfaultfds, each with its thread, of each member.
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub shards: Option<i64>,
+    /// When a connection between members breaks, try so many seconds to make it again before the VM is given up; 0 for not at
+    /// all [default: 30].
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true)]
+    pub reconnect: Option<i64>,
     /// File with the secret shared with the nodes; needed for all that are not on loopback.
     #[arg(long, value_name = "FILE")]
     pub secret_file: Option<PathBuf>,
@@ -114,6 +119,7 @@ impl LaunchArgs {
             console: device("console", &self.console)?,
             hold_us: self.hold_us,
             shards: self.shards,
+            reconnect: self.reconnect,
             secret_file: self.secret_file.clone(),
             start_timeout: self.start_timeout,
         })

@@ -160,6 +160,7 @@ fn info_text(info: &VmInfo) -> String {
             ranges(&m.vcpus),
             format_size(m.memory_home),
             format_size(m.memory_held),
+            m.memory_budget.map_or("-".into(), format_size),
             m.faults.local().to_string(),
             m.faults.read_remote.to_string(),
             m.faults.write_remote.to_string(),
@@ -170,8 +171,8 @@ fn info_text(info: &VmInfo) -> String {
         ]
     });
     let heads = [
-        "MEMBER", "HOST", "PID", "ADDRESS", "VCPUS", "HOME", "HELD", "LOCAL", "R-READ", "R-WRITE", "R-UPGR",
-        "IPI", "R-IPI", "EXITS",
+        "MEMBER", "HOST", "PID", "ADDRESS", "VCPUS", "HOME", "HELD", "BUDGET", "LOCAL", "R-READ", "R-WRITE",
+        "R-UPGR", "IPI", "R-IPI", "EXITS",
     ];
     let table = output::table(&heads, &heads[5..], rows);
     format!(

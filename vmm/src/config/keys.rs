@@ -36,6 +36,8 @@ pub struct LaunchKeys {
     pub hold_us: Option<i64>,
     /// Number of userfaultfds per member.
     pub shards: Option<i64>,
+    /// For so many seconds a connection between members that broke may be made again; 0 for not at all.
+    pub reconnect: Option<i64>,
     /// File with the shared secret.
     pub secret_file: Option<PathBuf>,
     /// Longest wait for any one answer during start, seconds.
@@ -61,6 +63,8 @@ pub struct MemberKeys {
     pub cpus: Option<i64>,
     /// Its memory, such as `1G`.
     pub memory: Option<String>,
+    /// What it may keep of the guest's memory, such as `1200M`; all of it unless given.
+    pub budget: Option<String>,
 }
 
 /// One `[[disks]]` entry.
@@ -144,6 +148,7 @@ impl LaunchKeys {
             console: self.console.or(below.console),
             hold_us: self.hold_us.or(below.hold_us),
             shards: self.shards.or(below.shards),
+            reconnect: self.reconnect.or(below.reconnect),
             secret_file: self.secret_file.or(below.secret_file),
             start_timeout: self.start_timeout.or(below.start_timeout),
         }
@@ -159,13 +164,18 @@ fn pairs(text: &str) -> impl Iterator<Item = (&str, Option<&str>)> {
 }
 
 impl MemberKeys {
-    /// Parses a `--member host=H,cpus=N,memory=SIZE` flag.
+    /// Parses a `--member host=H,cpus=N,memory=SIZE,budget=SIZE` flag.
     ///
     /// # Errors
     /// An unknown or repeated word, or a number that is none.
     pub fn from_flag(text: &str) -> Result<MemberKeys, ConfigError> {
         let bad = |problem: String| {
-            ConfigError::value("member", text, problem, "write it as host=H:PORT,cpus=2,memory=1G")
+            ConfigError::value(
+                "member",
+                text,
+                problem,
+                "write it as host=H:PORT,cpus=2,memory=1G,budget=1200M",
+            )
         };
         let mut keys = MemberKeys::default();
         for (key, value) in pairs(text) {
@@ -174,6 +184,7 @@ impl MemberKeys {
             let twice = match key {
                 "host" => keys.host.replace(value.to_string()).is_some(),
                 "memory" => keys.memory.replace(value.to_string()).is_some(),
+                "budget" => keys.budget.replace(value.to_string()).is_some(),
                 "cpus" => {
                     let cpus = value.parse().map_err(|_| bad(format!("cpus={value} is not a number")))?;
                     keys.cpus.replace(cpus).is_some()

@@ -91,7 +91,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn members(shares: &[(u32, u64)]) -> Vec<MemberSpec> {
-        shares.iter().map(|&(cpus, memory)| MemberSpec { host: None, cpus, memory }).collect()
+        shares.iter().map(|&(cpus, memory)| MemberSpec { host: None, cpus, memory, budget: None }).collect()
     }
 
     #[test]

@@ -26,6 +26,11 @@ pub const DEFAULT_MEMORY: u64 = 512 << 20;
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0";
 /// Longest command line, bytes (`COMMAND_LINE_SIZE` of x86 Linux, less what spanvm appends).
 pub const MAX_CMDLINE: usize = 1792;
+/// Seconds in which a broken connection between members may be made again when nothing says how many: a member that only
+/// the other side misses notices that after its deadline (20 s), and then there must be time left.
+pub const DEFAULT_RECONNECT: u64 = 30;
+/// Least that a member's budget exceeds its share of the memory by, in parts of the share: room for pages of other homes.
+pub const BUDGET_ROOM: u64 = 16;
 /// Seconds to wait for an answer during start when nothing says how long.
 pub const DEFAULT_START_TIMEOUT: u64 = 60;
 
@@ -53,6 +58,8 @@ pub fn resolve(keys: LaunchKeys) -> Result<VmSpec, ConfigError> {
         pages: PageTuning {
             hold_us: number("hold_us", keys.hold_us, 0, 1_000_000)?,
             always: false,
+            reconnect_s: number("reconnect", keys.reconnect, 0, 3600)?.unwrap_or(DEFAULT_RECONNECT),
+            budget: None,
             shards: number("shards", keys.shards, 1, 64)?.and_then(|n| u16::try_from(n).ok()),
         },
         secret_file: keys.secret_file,
@@ -216,15 +223,34 @@ fn members(
         .map_err(|e| share_error("cpus", all_cpus.to_string(), e, |n| n.to_string()))?;
     let memory_parts = shares::split(all_memory, plan::GRAIN, &memory_wishes)
         .map_err(|e| share_error("memory", format_size(all_memory), e, format_size))?;
+    let budgets = wishes
+        .iter()
+        .zip(&memory_parts)
+        .map(|(w, share)| w.budget.as_deref().map(|text| budget(text, *share)).transpose())
+        .collect::<Result<Vec<_>, _>>()?;
     Ok(hosts
         .into_iter()
         .zip(cpu_parts.into_iter().zip(memory_parts))
-        .map(|(host, (cpus, memory))| MemberSpec {
+        .zip(budgets)
+        .map(|((host, (cpus, memory)), budget)| MemberSpec {
             host,
             cpus: u32::try_from(cpus).unwrap_or(MAX_CPUS),
             memory,
+            budget,
         })
         .collect())
+}
+
+/// What a member may keep: pages that are homed with it and that nobody else wants have nowhere else to go.
+fn budget(text: &str, share: u64) -> Result<u64, ConfigError> {
+    let bytes = memory("member", text, plan::GRAIN)?;
+    let least = share.saturating_add(share / BUDGET_ROOM).next_multiple_of(plan::GRAIN);
+    if bytes < least {
+        let problem = format!("is too little for a share of {}", format_size(share));
+        let hint = format!("give at least {}, or a smaller share", format_size(least));
+        return Err(ConfigError::value("member", format!("budget={text}"), problem, hint));
+    }
+    Ok(bytes)
 }
 
 fn share_error(key: &'static str, total: String, e: ShareError, show: impl Fn(u64) -> String) -> ConfigError {

@@ -69,6 +69,9 @@ pub struct MemberSpec {
     pub cpus: u32,
     /// Bytes of guest memory whose home is there, a multiple of 2 MiB, not zero.
     pub memory: u64,
+    /// Bytes of guest memory that it keeps at most; `None` for no limit.
+    #[serde(default)]
+    pub budget: Option<u64>,
 }
 
 /// One disk.

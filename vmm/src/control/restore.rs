@@ -74,6 +74,8 @@ pub fn respecify(saved: &VmSpec, wish: &VmSpec, hosts: &[Option<HostPort>]) -> R
         host: host.clone(),
         cpus: u32::try_from(cpus).unwrap_or(u32::MAX),
         memory,
+        // Of other hosts, perhaps.
+        budget: None,
     });
     // A device whose member is no more moves to the first.
     let place = |member: u16| if usize::from(member) < hosts.len() { member } else { 0 };

@@ -63,6 +63,7 @@ impl Shared {
                 vcpus: vcpu.by_ref().take(usize::try_from(member.cpus).unwrap_or(0)).collect(),
                 memory_home: member.memory,
                 memory_held: 0,
+                memory_budget: None,
                 ipis_local: 0,
                 ipis_remote: 0,
                 exits: 0,

@@ -103,6 +103,9 @@ pub struct MemberInfo {
     pub memory_home: u64,
     /// Guest memory that it holds a copy of right now, bytes.
     pub memory_held: u64,
+    /// Guest memory that it may hold, bytes, if there is a limit.
+    #[serde(default)]
+    pub memory_budget: Option<u64>,
     /// Inter-processor interrupts that its vCPUs sent to vCPUs of the same member.
     pub ipis_local: u64,
     /// Inter-processor interrupts that its vCPUs sent to other members.
@@ -125,6 +128,7 @@ impl MemberInfo {
         self.ipis_remote = sum(|v| v.ipis_remote);
         self.exits = sum(|v| v.exits);
         self.memory_held = stats.memory.resident_bytes;
+        self.memory_budget = stats.memory.budget_bytes;
         self.faults = stats.memory.faults;
         self.stats = stats;
     }

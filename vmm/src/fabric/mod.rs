@@ -3,10 +3,12 @@
 //! Channel 1 of the mesh, one stream per peer. [`wire`] is the messages, `link` the sending half (never
 //! waits), [`requests`] the accesses that wait for an answer. Per peer one receive thread, which carries
 //! messages out through [`Handler`], and one writer thread, which sleeps unless the socket is full; one
-//! thread in all for heartbeats and clock samples.
+//! thread in all for heartbeats and clock samples. A stream that breaks is made again within the grace time, if there is one
+//! ([`resume`]), and nothing is lost or done twice.
 
 mod link;
 pub mod requests;
+mod resume;
 #[cfg(test)]
 mod tests;
 pub mod wire;
@@ -15,21 +17,25 @@ use crate::devices::Space;
 use crate::interrupts::InterruptMessage;
 use crate::time::filter::Sample;
 use dsm::addr::{Epoch, MemberId};
+use dsm::node::Reconnect;
 use link::Link;
 use requests::{NoAnswer, Requests};
-use std::io::{self, Read};
+use std::io;
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-use wire::{FRAME_LEN, Frame, Message, StopReason, VcpuGroup};
-use zerocopy::{FromBytes, IntoBytes};
+use wire::{Message, StopReason, VcpuGroup};
+use zerocopy::IntoBytes;
 
 /// Between clock samples once the clock is known, and between looks at the peers' signs of life.
 const TICK: Duration = Duration::from_millis(100);
 /// Between clock samples until then.
 const FAST_TICK: Duration = Duration::from_millis(2);
+
+/// Received bytes after which the peer is told at the latest.
+const TELL: u64 = 256 << 10;
 
 /// What the fabric's threads do with what comes. None of it may wait for a peer.
 pub trait Handler: Send + Sync {
@@ -88,6 +94,7 @@ pub struct Fabric {
     me: MemberId,
     epoch: Epoch,
     deadline: Duration,
+    reconnect: Option<Reconnect>,
     links: Vec<Link>,
     requests: Requests,
     started: Instant,
@@ -113,7 +120,8 @@ struct Traffic {
 
 impl Fabric {
     /// Takes the streams over; nothing is received before [`Fabric::start`]. `deadline` is the longest silence
-    /// of a peer and the longest wait for an answer.
+    /// of a peer and, without `reconnect`, the longest wait for an answer; with it a broken stream is looked for again, and the
+    /// wait is as much longer.
     ///
     /// # Errors
     /// A socket option can't be set.
@@ -121,13 +129,16 @@ impl Fabric {
         me: MemberId,
         epoch: Epoch,
         deadline: Duration,
+        reconnect: Option<Reconnect>,
         streams: Vec<(MemberId, TcpStream)>,
     ) -> io::Result<Fabric> {
-        let links = streams.into_iter().map(|(peer, stream)| Link::new(peer, stream));
+        let keeps = reconnect.is_some();
+        let links = streams.into_iter().map(|(peer, stream)| Link::new(peer, stream, keeps));
         Ok(Fabric {
             me,
             epoch,
             deadline,
+            reconnect,
             links: links.collect::<io::Result<_>>()?,
             requests: Requests::default(),
             started: Instant::now(),
@@ -266,10 +277,20 @@ impl Fabric {
         }
         let token = self.requests.open(to);
         self.send(to, &message(token));
-        self.requests.wait(token, self.deadline).map_err(|e| match e {
-            NoAnswer::TimedOut => AccessError::TimedOut { peer: to, addr, within: self.deadline },
+        let within = self.deadline + self.grace();
+        self.requests.wait(token, within).map_err(|e| match e {
+            NoAnswer::TimedOut => AccessError::TimedOut { peer: to, addr, within },
             NoAnswer::Cancelled(reason) => AccessError::Cancelled(reason),
         })
+    }
+
+    fn grace(&self) -> Duration {
+        self.reconnect.as_ref().map_or(Duration::ZERO, |r| r.grace)
+    }
+
+    /// How often streams to peers that broke were made again.
+    pub fn reconnects(&self) -> u64 {
+        self.links.iter().map(Link::resumed).sum()
     }
 
     /// Lets all accesses go that wait for an answer.
@@ -319,58 +340,6 @@ impl Fabric {
         }
     }
 
-    fn receive<H: Handler>(&self, index: usize, handler: &H) {
-        let Some(link) = self.links.get(index) else { return };
-        if let Err(reason) = self.receive_all(link, handler) {
-            self.lost(link, reason, handler);
-        }
-    }
-
-    fn receive_all<H: Handler>(&self, link: &Link, handler: &H) -> Result<(), String> {
-        let mut buffer = vec![0u8; FRAME_LEN * 256];
-        let mut have = 0;
-        let mut wanted = 0;
-        loop {
-            let free = buffer.get_mut(have..).unwrap_or(&mut []);
-            match link.reader().read(free) {
-                Ok(0) => return Err("connection closed".into()),
-                Ok(n) => have += n,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                Err(e) => return Err(format!("connection lost: {e}")),
-            }
-            link.heard(self.now_ms());
-            let mut used = 0;
-            while let Some((frame, rest)) =
-                buffer.get(used..have).and_then(|bytes| Frame::read_from_prefix(bytes).ok())
-            {
-                let message = Message::decode(&frame, link.peer, self.epoch).map_err(|e| e.to_string())?;
-                let counts = message.is_for_the_guest();
-                let mut taken = FRAME_LEN;
-                if let Message::Image { len } = message {
-                    let len = usize::try_from(len).unwrap_or(usize::MAX);
-                    let Some(image) = rest.get(..len) else {
-                        // The rest is still to come.
-                        wanted = FRAME_LEN + len;
-                        break;
-                    };
-                    handler.image(link.peer, image);
-                    taken += len;
-                }
-                self.received.fetch_add(1, Ordering::Relaxed);
-                used += taken;
-                self.carry_out(link, message, handler);
-                if counts {
-                    self.traffic.done.fetch_add(1, Ordering::SeqCst);
-                }
-            }
-            buffer.copy_within(used..have, 0);
-            have -= used;
-            if buffer.len() < wanted {
-                buffer.resize(wanted, 0);
-            }
-        }
-    }
-
     fn carry_out<H: Handler>(&self, link: &Link, message: Message, handler: &H) {
         match message {
             Message::Interrupt { message, group, hops } => handler.interrupt(message, group, hops),
@@ -400,13 +369,16 @@ impl Fabric {
                 let answered = handler.guest_tsc();
                 self.send(link.peer, &Message::Pong { sent, received, answered });
             }
+            // One that waited for a new stream says nothing, and many of them would crowd out those that do.
+            Message::Pong { sent, .. } if sent < link.since.load(Ordering::Relaxed) => {}
             Message::Pong { sent, received, answered } => handler.clock_sample(Sample {
                 sent,
                 remote_received: received,
                 remote_sent: answered,
                 received: handler.host_clock(),
             }),
-            Message::Heartbeat => {}
+            // Looked at by `receive_all`.
+            Message::Heartbeat { .. } => {}
             Message::Stop(reason) => {
                 link.set_leaving();
                 handler.stopped(link.peer, reason);
@@ -437,15 +409,26 @@ impl Fabric {
                 self.send(coordinator, &Message::Ping { sent: handler.host_clock() });
             }
             if last_beat.is_none_or(|at: Instant| at.elapsed() >= TICK) {
-                self.send_all(&Message::Heartbeat);
+                self.links.iter().for_each(|link| self.beat(link));
                 last_beat = Some(Instant::now());
             }
             let now = self.now_ms();
-            for link in self.links.iter().filter(|l| !l.is_leaving()) {
-                if now.saturating_sub(link.heard_ms.load(Ordering::Relaxed)) > limit {
+            for link in self.links.iter().filter(|l| !l.is_leaving() && !l.is_broken()) {
+                if now.saturating_sub(link.heard_ms.load(Ordering::Relaxed)) <= limit {
+                    continue;
+                }
+                if link.keeps() {
+                    // Half open, perhaps.
+                    link.give_up();
+                } else {
                     self.lost(link, format!("nothing was heard from it for {:?}", self.deadline), handler);
                 }
             }
         }
+    }
+
+    /// Tells a peer that this member lives and how much has come from it.
+    fn beat(&self, link: &Link) {
+        self.send(link.peer, &Message::Heartbeat { received: link.tell_received() });
     }
 }

@@ -3,6 +3,8 @@
 use super::*;
 use crate::interrupts::{DeliveryMode, Destination};
 use std::net::{Ipv4Addr, TcpListener};
+use wire::{FRAME_LEN, Frame};
+use zerocopy::FromBytes;
 
 const EPOCH: Epoch = Epoch(3);
 
@@ -31,7 +33,7 @@ impl Recorder {
 
     /// Waits until something that satisfies the condition was seen.
     fn wait(&self, what: &str, is: impl Fn(&Seen) -> bool) {
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + Duration::from_secs(60);
         while !self.seen.lock().unwrap().iter().any(&is) {
             assert!(Instant::now() < end, "no {what} in {:?}", self.seen.lock().unwrap());
             thread::sleep(Duration::from_millis(1));
@@ -96,7 +98,12 @@ struct Side {
 
 impl Side {
     fn new(me: u16, peer: u16, stream: TcpStream, deadline: Duration) -> Side {
-        let fabric = Fabric::new(MemberId(me), EPOCH, deadline, vec![(MemberId(peer), stream)]).unwrap();
+        Side::with(me, peer, stream, deadline, None)
+    }
+
+    fn with(me: u16, peer: u16, stream: TcpStream, deadline: Duration, again: Option<Reconnect>) -> Side {
+        let streams = vec![(MemberId(peer), stream)];
+        let fabric = Fabric::new(MemberId(me), EPOCH, deadline, again, streams).unwrap();
         let (fabric, handler) = (Arc::new(fabric), Arc::new(Recorder::default()));
         let threads = fabric.start(&handler).unwrap();
         Side { fabric, handler, threads }
@@ -229,4 +236,97 @@ fn sending_never_waits() {
         let message = Message::decode(&frame, MemberId(0), EPOCH).unwrap();
         interrupts += usize::from(matches!(message, Message::Interrupt { .. }));
     }
+}
+
+/// Two sides whose streams break; the one with the higher number calls, as in the mesh.
+fn breaking_pair(streams: &Arc<Mutex<Vec<TcpStream>>>, grace: Duration) -> (Side, Side) {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let addr = listener.local_addr().unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let accept = move |_: MemberId, end: Instant| {
+        loop {
+            match listener.accept() {
+                Ok((stream, _)) => return stream.set_nonblocking(false).map(|()| stream),
+                Err(e) if Instant::now() >= end => return Err(e),
+                Err(_) => thread::sleep(Duration::from_millis(1)),
+            }
+        }
+    };
+    let made = streams.clone();
+    let call = move |_: MemberId, _: Instant| {
+        let stream = TcpStream::connect(addr)?;
+        made.lock().unwrap().push(stream.try_clone()?);
+        Ok(stream)
+    };
+    let (a, b) = sockets();
+    streams.lock().unwrap().push(b.try_clone().unwrap());
+    let deadline = Duration::from_secs(5);
+    (
+        Side::with(0, 1, a, deadline, Some(Reconnect { grace, redial: Arc::new(accept) })),
+        Side::with(1, 0, b, deadline, Some(Reconnect { grace, redial: Arc::new(call) })),
+    )
+}
+
+/// Every message arrives once and in order, and every access is answered, however often the stream breaks.
+#[test]
+fn nothing_is_lost_or_done_twice_when_streams_break() {
+    let streams = Arc::new(Mutex::new(Vec::<TcpStream>::new()));
+    let (a, b) = breaking_pair(&streams, Duration::from_secs(60));
+    let is_over = AtomicBool::new(false);
+    let count = 400u64;
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_over.load(Ordering::SeqCst) {
+                thread::sleep(Duration::from_millis(10));
+                for stream in streams.lock().unwrap().drain(..) {
+                    let _ = stream.shutdown(std::net::Shutdown::Both);
+                }
+            }
+        });
+        for n in 0..count {
+            for (side, peer) in [(&a, 1), (&b, 0)] {
+                for part in 0..40 {
+                    let level = Message::SetLevel { gsi: u32::try_from(n).unwrap(), high: part % 2 == 0 };
+                    side.fabric.send(MemberId(peer), &level);
+                }
+                side.fabric.send_image(MemberId(peer), &vec![7; 3000]);
+            }
+            let mut data = [0];
+            a.fabric.read(MemberId(1), Space::Pio, n & 0xFF, &mut data).unwrap();
+            assert_eq!(u64::from(data[0]), n & 0xFF);
+        }
+        let last = Message::Write { token: None, space: Space::Pio, addr: 1, size: 1, data: 9 };
+        a.fabric.send(MemberId(1), &last);
+        b.fabric.send(MemberId(0), &last);
+        for side in [&a, &b] {
+            side.handler.wait("last message", |s| matches!(s, Seen::Write(..) | Seen::Lost(..)));
+        }
+        is_over.store(true, Ordering::SeqCst);
+    });
+    for side in [&a, &b] {
+        let seen = side.handler.seen.lock().unwrap();
+        let mut want = (0..count).flat_map(|n| {
+            let gsi = u32::try_from(n).unwrap();
+            let levels = (0..40).map(move |part| Seen::Level(gsi, part % 2 == 0));
+            levels.chain([Seen::Image(vec![7; 3000])])
+        });
+        for seen in &seen[..seen.len() - 1] {
+            assert_eq!(Some(seen), want.next().as_ref());
+        }
+        assert!(want.next().is_none() && matches!(seen.last(), Some(Seen::Write(..))));
+    }
+    let reconnects = a.fabric.reconnects() + b.fabric.reconnects();
+    println!("{reconnects} reconnects");
+    assert!(reconnects > 4, "{reconnects} reconnects");
+}
+
+#[test]
+fn a_peer_that_does_not_come_back_within_the_grace_time_is_lost() {
+    let streams = Arc::new(Mutex::new(Vec::new()));
+    let (a, b) = breaking_pair(&streams, Duration::from_millis(400));
+    b.fabric.close();
+    a.handler.wait(
+        "loss",
+        |s| matches!(s, Seen::Lost(_, why) if why.contains("not connected again within 400ms")),
+    );
 }

@@ -187,8 +187,11 @@ pub enum Message {
         /// The vCPU.
         vcpu: u32,
     },
-    /// I live.
-    Heartbeat,
+    /// I live, and so many bytes have come to me on this link, this message's not counted.
+    Heartbeat {
+        /// Bytes.
+        received: u64,
+    },
     /// The VM is over.
     Stop(StopReason),
 }
@@ -224,7 +227,10 @@ const MODES: [DeliveryMode; 7] = [
 impl Message {
     /// Can it change what the guest sees?
     pub fn is_for_the_guest(&self) -> bool {
-        !matches!(self, Message::Ping { .. } | Message::Pong { .. } | Message::Heartbeat | Message::Stop(_))
+        !matches!(
+            self,
+            Message::Ping { .. } | Message::Pong { .. } | Message::Heartbeat { .. } | Message::Stop(_)
+        )
     }
 
     /// As bytes.
@@ -280,7 +286,7 @@ impl Message {
             Message::Moved { token, vcpu } => {
                 (frame.kind, frame.token, frame.words[0]) = (kind::MOVED, token.into(), vcpu.into());
             }
-            Message::Heartbeat => frame.kind = kind::HEARTBEAT,
+            Message::Heartbeat { received } => (frame.kind, frame.token) = (kind::HEARTBEAT, received.into()),
             Message::Stop(reason) => {
                 let (code, vcpu) = match reason {
                     StopReason::PowerOff => (0, 0),
@@ -331,7 +337,7 @@ impl Message {
                 _ => return Err(WireError::Field("length of a vCPU image")),
             },
             kind::MOVED => Message::Moved { token, vcpu: word },
-            kind::HEARTBEAT => Message::Heartbeat,
+            kind::HEARTBEAT => Message::Heartbeat { received: token },
             kind::STOP => Message::Stop(match frame.small {
                 0 => StopReason::PowerOff,
                 1 => StopReason::Reset,
@@ -460,7 +466,7 @@ mod tests {
                 received,
                 answered
             }),
-            Just(Message::Heartbeat),
+            any::<u64>().prop_map(|received| Message::Heartbeat { received }),
             any::<u32>().prop_map(|v| Message::Stop(StopReason::TripleFault(v))),
             any::<Option<u16>>().prop_map(|m| Message::Stop(StopReason::Failed(m.map(MemberId)))),
         ]
@@ -468,7 +474,7 @@ mod tests {
 
     #[test]
     fn strangers_and_old_epochs_are_refused() {
-        let frame = Message::Heartbeat.encode(ME, EPOCH);
+        let frame = Message::Heartbeat { received: 9 }.encode(ME, EPOCH);
         assert_eq!(Message::decode(&frame, MemberId(1), EPOCH), Err(WireError::Sender(3)));
         assert_eq!(Message::decode(&frame, ME, Epoch(8)), Err(WireError::Epoch(7)));
         assert_eq!(Message::decode(&Frame { kind: 99, ..frame }, ME, EPOCH), Err(WireError::Kind(99)));

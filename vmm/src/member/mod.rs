@@ -10,6 +10,7 @@ pub mod facts;
 mod fault;
 pub mod machine;
 pub mod pause;
+mod peers;
 pub mod placement;
 pub mod plan;
 pub mod ram;

@@ -17,6 +17,12 @@ pub struct PageTuning {
     /// Run the page engine in a VM of one member, too: its checkpoints can then be incremental.
     #[serde(default)]
     pub always: bool,
+    /// For so many seconds a connection to a peer that broke is made again; 0: it is the peer's end.
+    #[serde(default)]
+    pub reconnect_s: u64,
+    /// Bytes of guest memory that this member keeps at most; `None` for no limit.
+    #[serde(default)]
+    pub budget: Option<u64>,
 }
 
 /// Where the guest comes from.

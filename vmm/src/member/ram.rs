@@ -3,7 +3,7 @@
 use super::plan::{MemberPlan, Origin};
 use super::runtime::MemberError;
 use dsm::addr::MemberId;
-use dsm::node::{Dsm, DsmConfig, DsmError, PageSink, Saved};
+use dsm::node::{Dsm, DsmConfig, DsmError, PageSink, Reconnect, Saved};
 use dsm::stats::DsmSnapshot;
 use std::net::TcpStream;
 use std::time::Duration;
@@ -28,7 +28,7 @@ unsafe impl Send for GuestRam {}
 unsafe impl Sync for GuestRam {}
 
 impl GuestRam {
-    /// Maps the memory of the plan. `links` has a stream to every other member.
+    /// Maps the memory of the plan. `links` has a stream to every other member; `again` says how one that breaks is made again.
     ///
     /// # Errors
     /// No memory, no userfaultfd, or a bad memory map.
@@ -36,12 +36,13 @@ impl GuestRam {
         plan: &MemberPlan,
         deadline: Duration,
         links: Vec<(MemberId, TcpStream)>,
+        again: Option<Reconnect>,
     ) -> Result<GuestRam, MemberError> {
         let engine = plan.pages.always || plan.origin != Origin::Boot;
         if plan.topology.members.len() == 1 && !engine {
             GuestRam::plain(plan)
         } else {
-            GuestRam::shared(plan, deadline, links)
+            GuestRam::shared(plan, deadline, links, again)
         }
     }
 
@@ -58,11 +59,14 @@ impl GuestRam {
         plan: &MemberPlan,
         deadline: Duration,
         links: Vec<(MemberId, TcpStream)>,
+        again: Option<Reconnect>,
     ) -> Result<GuestRam, MemberError> {
         let topology = &plan.topology;
         let members = topology.members.iter().map(|m| m.id).collect();
         let mut cfg = DsmConfig::new(plan.me, members, topology.epoch, topology.memory.clone());
         cfg.deadline = deadline;
+        cfg.reconnect = again;
+        cfg.budget = plan.pages.budget;
         if let Some(us) = plan.pages.hold_us {
             cfg.hold.max = Duration::from_micros(us);
             cfg.hold.min = cfg.hold.min.min(cfg.hold.max);

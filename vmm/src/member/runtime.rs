@@ -7,6 +7,7 @@
 
 use super::event::MemberEvent;
 use super::machine::MemberMachine;
+use super::peers::Peers;
 use super::placement::Placement;
 use super::plan::{BootImages, MemberPlan, Origin};
 use super::ram::GuestRam;
@@ -31,7 +32,7 @@ use crate::time::tsc::{GuestClock, TscScale, needs_scaling};
 use crate::topology::Topology;
 use dsm::addr::MemberId;
 use dsm::node::{Dsm, DsmError};
-use dsm::transport::mesh::{MeshConfig, MeshError, connect};
+use dsm::transport::mesh::MeshError;
 use std::net::TcpListener;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -158,15 +159,18 @@ impl Member {
         check(&plan)?;
         let deadline = plan.deadline.min(RUNNING_DEADLINE);
         let end = Instant::now() + plan.deadline;
-        let (page_links, fabric_links) = connect_peers(&plan, listener)?;
+        let mut peers = Peers::connect(&plan, listener)?;
         let vm = Vm::new()?;
-        let ram = GuestRam::new(&plan, deadline, page_links)?;
+        let links = std::mem::take(&mut peers.pages);
+        let ram = GuestRam::new(&plan, deadline, links, peers.pages_again())?;
         for (slot, (gpa, len, hva)) in (0u32..).zip(ram.slots()) {
             // SAFETY: guest memory of ours; `Parts` keeps it until all vCPUs are gone.
             unsafe { vm.map(slot, *gpa, *len, *hva) }?;
         }
 
-        let fabric = Fabric::new(plan.me, topology.epoch, deadline, fabric_links).map_err(start("a link"))?;
+        let again = peers.fabric_again();
+        let fabric =
+            Fabric::new(plan.me, topology.epoch, deadline, again, peers.fabric).map_err(start("a link"))?;
         let fabric = Arc::new(fabric);
         let lives_here = |member: &MemberId| *member == plan.me;
         let handles: Vec<_> = (0u32..)
@@ -422,6 +426,7 @@ impl Member {
             clock_skew_bound_ns: discipline.map_or(0, Discipline::bound_ns),
             fabric_sent: self.fabric.sent.load(relaxed),
             fabric_received: self.fabric.received.load(relaxed),
+            fabric_reconnects: self.fabric.reconnects(),
         }
     }
 
@@ -530,39 +535,6 @@ fn retire_machine(machine: Arc<MemberMachine>) -> bool {
         Ok(thread) => join_within(&mut vec![thread], STOP_GRACE),
         Err(_) => false,
     }
-}
-
-type Links = Vec<(MemberId, std::net::TcpStream)>;
-
-/// The mesh: a stream to every peer for pages, and one for the fabric.
-fn connect_peers(plan: &MemberPlan, listener: TcpListener) -> Result<(Links, Links), MemberError> {
-    let peers: Vec<_> =
-        plan.topology.members.iter().filter(|m| m.id != plan.me).map(|m| (m.id, m.addr)).collect();
-    if peers.is_empty() {
-        return Ok((Vec::new(), Vec::new()));
-    }
-    let links = connect(
-        listener,
-        &MeshConfig {
-            me: plan.me,
-            vm: plan.vm.clone(),
-            epoch: plan.topology.epoch,
-            peers,
-            secret: plan.secret.clone(),
-            deadline: plan.deadline,
-            channels: 2,
-        },
-    )?;
-    let (mut pages, mut fabric) = (Vec::new(), Vec::new());
-    for link in links {
-        let mut streams = link.streams.into_iter();
-        let (Some(a), Some(b)) = (streams.next(), streams.next()) else {
-            return Err(MemberError::Plan(format!("{} has no two links", link.peer)));
-        };
-        pages.push((link.peer, a));
-        fabric.push((link.peer, b));
-    }
-    Ok((pages, fabric))
 }
 
 fn check(plan: &MemberPlan) -> Result<(), MemberError> {

@@ -52,4 +52,7 @@ pub struct MemberStats {
     pub fabric_sent: u64,
     /// Fabric messages received from peers.
     pub fabric_received: u64,
+    /// How often fabric connections to peers that broke were made again.
+    #[serde(default)]
+    pub fabric_reconnects: u64,
 }

@@ -3,7 +3,7 @@
 #![allow(dead_code, missing_debug_implementations, missing_docs, reason = "each test file uses a part")]
 
 use dsm::addr::{Epoch, HomeRange, MemberId};
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::Path;
 use std::process::Command;
 use std::sync::OnceLock;
@@ -37,7 +37,7 @@ pub struct Ended {
     pub stats: Vec<MemberStats>,
 }
 
-fn plan(facts: &HostFacts, me: u16, topology: &Topology) -> MemberPlan {
+fn plan(facts: &HostFacts, me: u16, topology: &Topology, pages: &PageTuning) -> MemberPlan {
     MemberPlan {
         vm: "test".into(),
         me: MemberId(me),
@@ -46,28 +46,24 @@ fn plan(facts: &HostFacts, me: u16, topology: &Topology) -> MemberPlan {
         cpuid: facts.cpuid.clone(),
         tsc_khz: facts.tsc_khz,
         devices: vec![DeviceSpec::Serial { member: MemberId(0), log: None }],
-        pages: PageTuning::default(),
+        pages: pages.clone(),
         origin: Origin::default(),
         deadline: Duration::from_secs(20),
     }
 }
 
-fn topology(vcpus: &[u16], ports: &[u16]) -> Topology {
-    let members = ports.len();
-    let each = ((128u64 << 20) / u64::try_from(members).unwrap()).next_multiple_of(2 << 20);
+fn topology(vcpus: &[u16], addrs: &[SocketAddr], memory: u64) -> Topology {
+    let members = addrs.len();
+    let each = (memory / u64::try_from(members).unwrap()).next_multiple_of(2 << 20);
     Topology {
         epoch: Epoch(1),
         members: (0u16..)
-            .zip(ports)
-            .map(|(id, port)| MemberDesc {
-                id: MemberId(id),
-                host: format!("host{id}"),
-                addr: (Ipv4Addr::LOCALHOST, *port).into(),
-            })
+            .zip(addrs)
+            .map(|(id, addr)| MemberDesc { id: MemberId(id), host: format!("host{id}"), addr: *addr })
             .collect(),
         vcpus: vcpus.iter().map(|m| MemberId(*m)).collect(),
         memory: (0u16..)
-            .zip(ports)
+            .zip(addrs)
             .map(|(id, _)| HomeRange { start: u64::from(id) * each, len: each, home: MemberId(id) })
             .collect(),
         distances: (0..members)
@@ -79,6 +75,17 @@ fn topology(vcpus: &[u16], ports: &[u16]) -> Topology {
 impl Cluster {
     /// vCPU `i` lives on member `vcpus[i]`. `None`, with the reason printed, where there is no KVM.
     pub fn start(vcpus: &[u16]) -> Option<Cluster> {
+        Cluster::start_with(vcpus, 128 << 20, &PageTuning::default(), |addr| addr)
+    }
+
+    /// The same with so much memory and these knobs. `through` is told where a member listens and says where the others
+    /// are to call.
+    pub fn start_with(
+        vcpus: &[u16],
+        memory: u64,
+        pages: &PageTuning,
+        through: impl Fn(SocketAddr) -> SocketAddr,
+    ) -> Option<Cluster> {
         let facts = match HostFacts::probe() {
             Ok(facts) => facts,
             Err(e) => {
@@ -89,12 +96,12 @@ impl Cluster {
         let count = usize::from(*vcpus.iter().max().unwrap()) + 1;
         let listeners: Vec<_> =
             (0..count).map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap()).collect();
-        let ports: Vec<_> = listeners.iter().map(|l| l.local_addr().unwrap().port()).collect();
-        let topology = topology(vcpus, &ports);
+        let addrs: Vec<_> = listeners.iter().map(|l| through(l.local_addr().unwrap())).collect();
+        let topology = topology(vcpus, &addrs, memory);
         let joins: Vec<_> = (0u16..)
             .zip(listeners)
             .map(|(me, listener)| {
-                let plan = plan(&facts, me, &topology);
+                let plan = plan(&facts, me, &topology, pages);
                 let (tx, rx) = channel();
                 (std::thread::spawn(move || Member::join(plan, listener, tx)), rx)
             })

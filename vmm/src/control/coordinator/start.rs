@@ -17,7 +17,7 @@ use crate::control::spawn::ChildProcess;
 use crate::control::wire::{FromCoordinator, FromMember, Inherit, NodeRequest, Role, ToMember};
 use crate::control::{fit, member_task, node_client};
 use crate::devices::DeviceSpec;
-use crate::member::{BootImages, HostFacts, MemberPlan, MemberTask, Origin};
+use crate::member::{BootImages, HostFacts, MemberPlan, MemberTask, Origin, PageTuning};
 use crate::topology::Topology;
 use dsm::addr::MemberId;
 use migration::checkpoint::Range;
@@ -49,7 +49,7 @@ impl Coordinator {
                 nonce,
                 disks: self.disks_of(link.id),
                 bind: if link.id == MemberId(0) { bind } else { None },
-                silence: watch::SILENCE,
+                silence: self.patience(),
             });
         }
         let ready = self
@@ -76,7 +76,7 @@ impl Coordinator {
                 cpuid: common.cpuid.clone(),
                 tsc_khz: common.tsc_khz,
                 devices: self.devices(),
-                pages: self.spec.pages.clone(),
+                pages: self.pages_of(link.id),
                 origin: match &source {
                     Source::Boot(_) => Origin::Boot,
                     Source::Checkpoint(opened) => Origin::Checkpoint { tsc: opened.manifest.machine.tsc },
@@ -234,6 +234,12 @@ impl Coordinator {
             1 => "1 member".into(),
             n => format!("{n} members"),
         }
+    }
+
+    /// The knobs of one member's page engine.
+    fn pages_of(&self, member: MemberId) -> PageTuning {
+        let budget = self.spec.members.get(usize::from(member.0)).and_then(|m| m.budget);
+        PageTuning { budget, ..self.spec.pages.clone() }
     }
 
     fn disks_of(&self, member: MemberId) -> Vec<DiskSpec> {

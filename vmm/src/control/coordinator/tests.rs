@@ -218,7 +218,10 @@ fn spec(members: usize) -> VmSpec {
         cmdline: "hello".into(),
         cpus: u32::try_from(2 * members).unwrap(),
         memory: 64 << 20,
-        members: vec![MemberSpec { host: None, cpus: 2, memory: (64 << 20) / members as u64 }; members],
+        members: vec![
+            MemberSpec { host: None, cpus: 2, memory: (64 << 20) / members as u64, budget: None };
+            members
+        ],
         disks: Vec::new(),
         rng: Some(0),
         console: None,

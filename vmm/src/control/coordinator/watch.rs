@@ -9,7 +9,7 @@ use dsm::addr::MemberId;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
-/// A member, or a coordinator, that says nothing for so long is gone.
+/// A member, or a coordinator, that says nothing for so long, and for the time to reconnect in, is gone.
 pub const SILENCE: Duration = Duration::from_secs(20);
 /// How often members report.
 const TICK: Duration = Duration::from_secs(1);
@@ -97,12 +97,18 @@ impl Coordinator {
     }
 
     fn silent(&self, heard: &[Instant]) -> Option<End> {
-        let (link, _) = self.links.iter().zip(heard).find(|(_, heard)| heard.elapsed() > SILENCE)?;
+        let limit = self.patience();
+        let (link, _) = self.links.iter().zip(heard).find(|(_, heard)| heard.elapsed() > limit)?;
         Some(End::MemberLost {
             member: link.id,
             host: link.host.clone(),
-            reason: format!("it has not answered for {} s", SILENCE.as_secs()),
+            reason: format!("it has not answered for {} s", limit.as_secs()),
         })
+    }
+
+    /// Longest silence of a member: what its peers forgive it is forgiven here, too.
+    pub(super) fn patience(&self) -> Duration {
+        SILENCE + Duration::from_secs(self.spec.pages.reconnect_s)
     }
 
     /// If this message means the end: waits a moment for what else comes, and returns the cause.
