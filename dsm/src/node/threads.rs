@@ -137,7 +137,7 @@ fn frames(shell: &Shell, link: &Link) -> Result<(), Cause> {
             talk = talk.with(peer);
         }
         match header.decode(&rules(shell, peer), || ()).map_err(|e| Cause::Violation(e.to_string()))? {
-            Frame::Page(_, Msg::Put { .. }) if !shell.members().has(peer) => {}
+            Frame::Page(_, Msg::Put { .. } | Msg::Awaited { .. }) if !shell.members().has(peer) => {}
             Frame::Page(..) | Frame::Run(_) if !shell.members().has(peer) => {
                 return Err(Cause::Violation("it speaks of pages and is no member".into()));
             }

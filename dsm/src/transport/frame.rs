@@ -344,8 +344,9 @@ impl Header {
         }
         // Signs of life say nothing about pages, and while homes change the members are not all as far.
         let is_a_sign = matches!(kind, PING | BEAT | RESUME | BYE);
-        // A wish to be rid of a page that was on its way when the homes changed.
-        let is_old_wish = kind == PUT && self.epoch.get() < rules.epoch.0;
+        // A wish to be rid of a page, or word of who waits behind a request that has been answered since, that was on its way
+        // when the homes changed.
+        let is_old_wish = matches!(kind, PUT | AWAITED) && self.epoch.get() < rules.epoch.0;
         if self.epoch.get() != rules.epoch.0 && !is_a_sign && !is_old_wish && !is_on(SeededFault::StaleEpoch)
         {
             return Err(FrameError::Epoch { got: self.epoch.get(), ours: rules.epoch.0 });
@@ -369,7 +370,7 @@ impl Header {
         }
         match kind {
             PING => return Ok(Frame::Ping),
-            PUT if is_old_wish => return Ok(Frame::Ping),
+            PUT | AWAITED if is_old_wish => return Ok(Frame::Ping),
             RESUME => return Ok(Frame::Resume(self.token.get())),
             BYE => return Ok(Frame::Bye),
             BEAT => {

@@ -57,6 +57,8 @@ fn every_message_survives_the_wire() {
 fn a_wish_of_an_earlier_table_of_homes_is_passed_over() {
     let wish = |epoch| Header::message(ME, epoch, 0x3000, &Msg::<u8>::Put { token: Token(1) });
     assert_eq!(decode(&wish(Epoch(8))), Ok(Frame::Ping));
+    let awaited = Msg::<u8>::Awaited { requester: MemberId(2), patient: true };
+    assert_eq!(decode(&Header::message(ME, Epoch(8), 0x3000, &awaited)), Ok(Frame::Ping));
     assert_eq!(decode(&wish(Epoch(10))), Err(FrameError::Epoch { got: 10, ours: 9 }));
     assert_eq!(decode(&Header::ping(ME, Epoch(8))), Ok(Frame::Ping));
 }
