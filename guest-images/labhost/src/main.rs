@@ -12,6 +12,7 @@
 //! A frame is one byte of kind, a little-endian `u32` length, and that many bytes. When the timeout passes or the client goes
 //! away, the whole process group is killed; a daemon that shall live on calls `setsid`.
 
+mod entropy;
 mod frame;
 
 use frame::{Kind, read_frame, write_frame};
@@ -44,6 +45,9 @@ fn main() -> ExitCode {
         eprintln!("usage: labagent ADDRESS:PORT TOKEN");
         return ExitCode::from(2);
     };
+    if let Err(error) = entropy::add(token) {
+        eprintln!("labagent: no entropy for the kernel: {error}");
+    }
     let listener = match TcpListener::bind(address.as_str()) {
         Ok(listener) => listener,
         Err(error) => {

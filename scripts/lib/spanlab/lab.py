@@ -177,7 +177,7 @@ def _describe(lab, kernel):
 def _boot(lab, initramfs, keep, deadline):
     shutil.rmtree(lab.directory, ignore_errors=True)
     lab.directory.mkdir(parents=True)
-    lab.token = secrets.token_hex(16)
+    lab.token = secrets.token_hex(32)
     lab.processes = []
     lab.hosts = [Host(n, f"h{n}", f"10.77.0.{n}", str(lab.directory / f"h{n}.console")) for n in range(1, lab.count + 1)]
     end = time.monotonic() + deadline
