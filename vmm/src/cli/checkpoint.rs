@@ -1,13 +1,14 @@
-//! `spanvm checkpoint` and `restore`.
+//! `spanvm checkpoint`, `restore` and `recover`.
 
-use super::launch::Session;
+use super::launch::{Session, StartArgs};
 use super::output;
 use super::vms::PlaceArgs;
-use crate::config::{HostPort, VmSpec};
+use crate::config::{HostPort, OnMemberLoss, VmSpec, resolve};
 use crate::control::client::VmClient;
 use crate::control::end::End;
-use crate::control::launcher::{self, Manner};
+use crate::control::launcher;
 use crate::control::ops::checkpoint::{CheckpointBody, CheckpointReport};
+use crate::control::recovery;
 use crate::control::restore::{Machine, RestoreOrder};
 use crate::member::PageTuning;
 use clap::Args;
@@ -112,22 +113,9 @@ pub struct RestoreArgs {
     /// Hosts of the members, whose node daemons to ask; the first one has DIR.
     #[arg(long, value_name = "HOST[:PORT],..", value_delimiter = ',')]
     pub on: Vec<String>,
-    /// File with the secret shared with those nodes.
-    #[arg(long, value_name = "FILE")]
-    pub secret_file: Option<PathBuf>,
-    /// Longest wait for any one answer during the start, seconds.
-    #[arg(long, value_name = "SECONDS", default_value_t = crate::config::resolve::DEFAULT_START_TIMEOUT,
-          value_parser = clap::value_parser!(u64).range(1..=3600))]
-    pub start_timeout: u64,
-    /// Return as soon as the guest runs.
-    #[arg(long)]
-    pub detach: bool,
-    /// Don't show the guest's serial console.
-    #[arg(long)]
-    pub no_console: bool,
-    /// No progress; errors only.
-    #[arg(long, short)]
-    pub quiet: bool,
+    /// How it is to start.
+    #[command(flatten)]
+    pub start: StartArgs,
 }
 
 /// Brings a VM back from its newest checkpoint; returns the exit code.
@@ -135,12 +123,7 @@ pub struct RestoreArgs {
 /// # Errors
 /// Flags that make no sense, or a checkpoint on this host that can't be read.
 pub async fn restore(args: RestoreArgs) -> Result<u8, End> {
-    let manner = Manner { detach: args.detach, console: !args.no_console };
-    let hosts: Vec<Option<HostPort>> = args
-        .on
-        .iter()
-        .map(|on| on.parse().map(Some).map_err(|e| End::BadInput(format!("--on {on}: {e}"))))
-        .collect::<Result<_, _>>()?;
+    let hosts = hosts(&args.on)?;
     let is_local = hosts.is_empty();
     let saved = if is_local { Some(look(&args.dir)?) } else { None };
     let hosts = match (&saved, args.members) {
@@ -157,9 +140,68 @@ pub async fn restore(args: RestoreArgs) -> Result<u8, End> {
     } else {
         args.dir
     };
-    let wish = wish(name, &hosts, args.secret_file, Duration::from_secs(args.start_timeout));
-    let (mut session, wishes) = Session::new(&wish, manner, args.quiet);
-    let order = RestoreOrder { dir, hosts };
+    start(name, RestoreOrder { dir: Some(dir), hosts }, args.start).await
+}
+
+/// Flags of `recover`.
+#[derive(Args, Debug)]
+pub struct RecoverArgs {
+    /// Name of the VM that lost a member.
+    pub vm: String,
+    /// Members on this host [default: as many as the VM had].
+    #[arg(long, value_name = "N", conflicts_with = "on", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub members: Option<u16>,
+    /// Hosts of the members, whose node daemons to ask; the first one was the VM's first and has its checkpoints
+    /// [default: those of its hosts that answer].
+    #[arg(long, value_name = "HOST[:PORT],..", value_delimiter = ',')]
+    pub on: Vec<String>,
+    /// How it is to start.
+    #[command(flatten)]
+    pub start: StartArgs,
+}
+
+/// Brings a VM that lost a member back from its newest checkpoint, under its name; returns the exit code.
+///
+/// # Errors
+/// No checkpoint of it is known, or the host that has them does not answer.
+pub async fn recover(mut args: RecoverArgs) -> Result<u8, End> {
+    let mut hosts = hosts(&args.on)?;
+    if hosts.is_empty() {
+        let record = recovery::here(&args.vm)?;
+        args.start.secret_file = args.start.secret_file.or(record.secret_file);
+        hosts = match args.members {
+            Some(members) => vec![None; members.into()],
+            None => {
+                let secret = super::node::load(args.start.secret_file.as_deref())?;
+                recovery::remaining(&record.hosts, secret.as_ref()).await
+            }
+        };
+        if let Some(Some(first)) =
+            record.hosts.first().filter(|first| args.members.is_none() && hosts.first() != Some(first))
+        {
+            return Err(End::Unreachable {
+                host: first.to_string(),
+                reason: format!(
+                    "does not answer, and has the checkpoints of {} in {}",
+                    args.vm,
+                    record.dir.display()
+                ),
+            });
+        }
+    }
+    start(args.vm, RestoreOrder { dir: None, hosts }, args.start).await
+}
+
+fn hosts(on: &[String]) -> Result<Vec<Option<HostPort>>, End> {
+    let parse = |on: &String| on.parse().map(Some).map_err(|e| End::BadInput(format!("--on {on}: {e}")));
+    on.iter().map(parse).collect()
+}
+
+async fn start(name: String, order: RestoreOrder, start: StartArgs) -> Result<u8, End> {
+    let patience = resolve::start_timeout(start.start_timeout).map_err(|e| End::BadInput(e.to_string()))?;
+    let manner = start.manner();
+    let wish = wish(name, &order.hosts, start.secret_file, patience);
+    let (mut session, wishes) = Session::new(&wish, manner, start.quiet);
     let launched = launcher::restore(wish, order, manner, session.terminal(), wishes).await;
     Ok(session.over(launched))
 }
@@ -191,6 +233,7 @@ pub(crate) fn wish(
         pages: PageTuning::default(),
         secret_file,
         start_timeout,
+        on_member_loss: OnMemberLoss::default(),
     }
 }
 

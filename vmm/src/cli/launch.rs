@@ -67,6 +67,17 @@ pub struct LaunchArgs {
     /// all [default: 30].
     #[arg(long, value_name = "SECONDS", allow_negative_numbers = true)]
     pub reconnect: Option<i64>,
+    /// When a member is lost: end the VM, or restore its newest checkpoint on the hosts that answer [default: end].
+    #[arg(long, value_name = "end|restore")]
+    pub on_member_loss: Option<String>,
+    /// How it is to start.
+    #[command(flatten)]
+    pub start: StartArgs,
+}
+
+/// Flags of everything that starts a VM.
+#[derive(Args, Debug, Default)]
+pub struct StartArgs {
     /// File with the secret shared with the nodes; needed for all that are not on loopback.
     #[arg(long, value_name = "FILE")]
     pub secret_file: Option<PathBuf>,
@@ -82,6 +93,13 @@ pub struct LaunchArgs {
     /// No progress; errors only.
     #[arg(long, short)]
     pub quiet: bool,
+}
+
+impl StartArgs {
+    /// What the launcher is to do.
+    pub fn manner(&self) -> Manner {
+        Manner { detach: self.detach, console: !self.no_console }
+    }
 }
 
 impl LaunchArgs {
@@ -120,8 +138,9 @@ impl LaunchArgs {
             hold_us: self.hold_us,
             shards: self.shards,
             reconnect: self.reconnect,
-            secret_file: self.secret_file.clone(),
-            start_timeout: self.start_timeout,
+            secret_file: self.start.secret_file.clone(),
+            start_timeout: self.start.start_timeout,
+            on_member_loss: self.on_member_loss.clone(),
         })
     }
 }
@@ -135,8 +154,8 @@ pub async fn run(args: LaunchArgs) -> u8 {
             return End::BadInput(String::new()).exit_code();
         }
     };
-    let manner = Manner { detach: args.detach, console: !args.no_console };
-    let (mut session, wishes) = Session::new(&spec, manner, args.quiet);
+    let manner = args.start.manner();
+    let (mut session, wishes) = Session::new(&spec, manner, args.start.quiet);
     let launched = launcher::launch(spec, manner, session.terminal(), wishes).await;
     session.over(launched)
 }

@@ -46,6 +46,8 @@ pub enum Command {
     Checkpoint(checkpoint::CheckpointArgs),
     /// Bring a VM back from its newest checkpoint, on whatever members.
     Restore(checkpoint::RestoreArgs),
+    /// Bring a VM that lost a member back from its newest checkpoint, on the hosts that are left.
+    Recover(checkpoint::RecoverArgs),
     /// End a VM on all of its hosts.
     Stop(vms::StopArgs),
     /// Serve this host to launchers on other hosts.
@@ -82,6 +84,7 @@ pub fn run(cli: Cli) -> u8 {
             Command::Console(args) => report(vms::console(args).await),
             Command::Checkpoint(args) => report(checkpoint::checkpoint(args).await),
             Command::Restore(args) => report(checkpoint::restore(args).await),
+            Command::Recover(args) => report(checkpoint::recover(args).await),
             Command::Stop(args) => report(vms::stop(args).await),
             Command::Vcpu(args) => report(ops::vcpu(args).await),
             Command::Pause(args) => report(ops::pause(args).await),

@@ -42,6 +42,8 @@ pub struct LaunchKeys {
     pub secret_file: Option<PathBuf>,
     /// Longest wait for any one answer during start, seconds.
     pub start_timeout: Option<i64>,
+    /// What follows the loss of a member: `end` or `restore`.
+    pub on_member_loss: Option<String>,
 }
 
 /// `members = 2` or `[[members]]`.
@@ -151,6 +153,7 @@ impl LaunchKeys {
             reconnect: self.reconnect.or(below.reconnect),
             secret_file: self.secret_file.or(below.secret_file),
             start_timeout: self.start_timeout.or(below.start_timeout),
+            on_member_loss: self.on_member_loss.or(below.on_member_loss),
         }
     }
 }

@@ -15,7 +15,7 @@ pub mod spec;
 
 pub use error::ConfigError;
 pub use keys::LaunchKeys;
-pub use spec::{DiskSpec, HostPort, MemberSpec, VmSpec};
+pub use spec::{DiskSpec, HostPort, MemberSpec, OnMemberLoss, VmSpec};
 
 #[cfg(test)]
 mod tests;

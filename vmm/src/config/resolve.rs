@@ -4,7 +4,7 @@ use super::error::ConfigError;
 use super::keys::{DeviceKey, DiskKeys, LaunchKeys, MemberKeys, MembersKey};
 use super::shares::{self, ShareError};
 use super::size::{format_size, parse_size};
-use super::spec::{DiskSpec, HostPort, MemberSpec, VmSpec};
+use super::spec::{DiskSpec, HostPort, MemberSpec, OnMemberLoss, VmSpec};
 use super::{files, plan};
 use crate::layout;
 use crate::member::PageTuning;
@@ -63,14 +63,29 @@ pub fn resolve(keys: LaunchKeys) -> Result<VmSpec, ConfigError> {
             shards: number("shards", keys.shards, 1, 64)?.and_then(|n| u16::try_from(n).ok()),
         },
         secret_file: keys.secret_file,
-        start_timeout: Duration::from_secs(
-            number("start_timeout", keys.start_timeout, 1, 3600)?.unwrap_or(DEFAULT_START_TIMEOUT),
-        ),
+        start_timeout: start_timeout(keys.start_timeout)?,
+        on_member_loss: match keys.on_member_loss.as_deref() {
+            None | Some("end") => OnMemberLoss::End,
+            Some("restore") => OnMemberLoss::Restore,
+            Some(other) => {
+                let (problem, hint) = ("is not known", "give end or restore");
+                return Err(ConfigError::value("on_member_loss", other, problem, hint));
+            }
+        },
         members,
     };
     windows(&spec)?;
     check_files(&spec)?;
     Ok(spec)
+}
+
+/// Patience during the start, in seconds if it is given.
+///
+/// # Errors
+/// Out of range.
+pub fn start_timeout(given: Option<i64>) -> Result<Duration, ConfigError> {
+    let seconds = number("start_timeout", given, 1, 3600)?.unwrap_or(DEFAULT_START_TIMEOUT);
+    Ok(Duration::from_secs(seconds))
 }
 
 fn name(given: Option<&str>) -> Result<String, ConfigError> {

@@ -114,6 +114,20 @@ pub struct VmSpec {
     pub secret_file: Option<PathBuf>,
     /// Longest wait for any one answer while the VM starts.
     pub start_timeout: Duration,
+    /// What follows the loss of a member. Checkpoints of older versions don't have it.
+    #[serde(default)]
+    pub on_member_loss: OnMemberLoss,
+}
+
+/// What follows the loss of a member.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnMemberLoss {
+    /// The VM is over; `spanvm recover` brings it back.
+    #[default]
+    End,
+    /// It is restored from its newest checkpoint, on the hosts that answer.
+    Restore,
 }
 
 impl VmSpec {

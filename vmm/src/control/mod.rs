@@ -5,7 +5,8 @@
 //! every member's end of its connection; [`node`] is a host's daemon and [`node_client`] its caller; [`child`]
 //! and [`spawn`] are the processes between them. [`shared`] is the picture of the VM that [`api`] serves over
 //! the socket in [`rundir`], [`view`] its JSON, [`client`] its caller. [`ops`] are the
-//! operations on a running VM, which [`crew`] asks of its members. [`end`] is how it all ends.
+//! operations on a running VM, which [`crew`] asks of its members. [`restore`] makes a VM of a checkpoint, [`recovery`]
+//! knows which one when a member was lost. [`end`] is how it all ends.
 
 pub mod api;
 pub mod auth;
@@ -22,6 +23,7 @@ pub mod member_task;
 pub mod node;
 pub mod node_client;
 pub mod ops;
+pub mod recovery;
 pub mod restore;
 pub mod rtt;
 pub mod rundir;

@@ -30,8 +30,9 @@ pub struct Machine {
 /// What the user says about a restore; all else comes from the checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RestoreOrder {
-    /// Folder of checkpoints, or of one of them, on the coordinator's host.
-    pub dir: PathBuf,
+    /// Folder of checkpoints, or of one of them, on the coordinator's host; `None` for the newest that is known there of a
+    /// VM of this name that lost a member.
+    pub dir: Option<PathBuf>,
     /// Hosts of the members; `None` for a member that the launcher starts itself.
     pub hosts: Vec<Option<HostPort>>,
 }
@@ -39,6 +40,8 @@ pub struct RestoreOrder {
 /// An opened checkpoint.
 #[derive(Debug)]
 pub struct Opened {
+    /// As it was asked for: a folder of checkpoints, or of one of them.
+    pub dir: PathBuf,
     /// Its folder.
     pub folder: PathBuf,
     /// What it says.
@@ -55,7 +58,7 @@ pub fn open(dir: &Path) -> Result<Opened, End> {
     let input = |e: checkpoint::CheckpointError| End::BadInput(e.to_string());
     let folder = checkpoint::newest(dir).map_err(input)?;
     let (manifest, image) = Image::open(&folder).map_err(input)?;
-    Ok(Opened { folder, manifest, runs: image.runs() })
+    Ok(Opened { dir: dir.to_path_buf(), folder, manifest, runs: image.runs() })
 }
 
 /// The VM of a checkpoint on these members, under the name, and with the secret and patience, of `wish`.

@@ -151,11 +151,6 @@ impl Shared {
         &self.ops
     }
 
-    /// A checkpoint of the VM is complete.
-    pub fn checkpointed(&self, folder: &std::path::Path) {
-        tracing::info!("checkpoint {}", folder.display());
-    }
-
     /// The VM is paused, for this reason, or (`None`) no longer.
     pub fn paused(&self, reason: Option<String>) {
         let info = &mut self.lock().info;

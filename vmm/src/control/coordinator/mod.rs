@@ -1,7 +1,8 @@
 //! The coordinator: member 0's process, which brings the members together, watches over them, and ends the VM
 //! everywhere when it is over. [`start`] is the way up, [`watch`] the time in between and what goes wrong,
-//! [`link`] a connection to a member.
+//! [`link`] a connection to a member, `heir` what comes after a member is lost.
 
+mod heir;
 pub mod link;
 pub mod start;
 pub mod watch;
@@ -14,8 +15,8 @@ use super::codec::{self, CodecError};
 use super::end::End;
 use super::host::Host;
 use super::member_task::{STOP_DEADLINE, Slot};
+use super::recovery::{self, Record, Recorder};
 use super::restore::{self, Opened, RestoreOrder};
-use super::rundir::RunDir;
 use super::shared::Shared;
 use super::spawn::ChildProcess;
 use super::wire::{FromCoordinator, ImageKind, Inherit, ToCoordinator};
@@ -23,9 +24,10 @@ use crate::config::{VmSpec, files};
 use crate::devices::ConsoleHandle;
 use crate::member::BootImages;
 use dsm::addr::MemberId;
+use heir::Ear;
 use link::{Inbound, Link, Stream};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -120,7 +122,7 @@ pub async fn run(stream: Box<dyn Stream>, inherit: Inherit, around: Surroundings
         }
     });
     let launcher = Launcher(out);
-    let end = match receive(&mut read).await {
+    let end = match receive(&mut read, &around.root).await {
         Ok(Ok(request)) => launched(request, read, inherit, around, &launcher).await,
         Ok(Err(end)) => end,
         Err(e) => End::Failed(format!("the launch request did not arrive: {e}")),
@@ -144,14 +146,19 @@ enum Source {
 }
 
 /// Receives a launch request with its images.
-async fn receive(read: &mut (impl tokio::io::AsyncRead + Unpin)) -> Result<Result<Request, End>, CodecError> {
+async fn receive(
+    read: &mut (impl tokio::io::AsyncRead + Unpin),
+    root: &Path,
+) -> Result<Result<Request, End>, CodecError> {
     let malformed = |what: &str| CodecError::Malformed(what.to_string());
     let first = codec::within(LAUNCH_PIECE, codec::recv(read)).await?;
     let (spec, kernel_len, initrd_len, console) = match first {
         ToCoordinator::Launch { spec, kernel_len, initrd_len, console } => {
             (spec, kernel_len, initrd_len, console)
         }
-        ToCoordinator::Restore { wish, order, console } => return Ok(restore(&wish, &order, console).await),
+        ToCoordinator::Restore { wish, order, console } => {
+            return Ok(restore(&wish, order, console, root).await);
+        }
         _ => return Err(malformed("no launch request")),
     };
     let length = |len: u64| match usize::try_from(len) {
@@ -179,8 +186,11 @@ async fn receive(read: &mut (impl tokio::io::AsyncRead + Unpin)) -> Result<Resul
 }
 
 /// Opens the checkpoint, and makes the VM of it that is wished for.
-async fn restore(wish: &VmSpec, order: &RestoreOrder, console: bool) -> Result<Request, End> {
-    let dir = order.dir.clone();
+async fn restore(wish: &VmSpec, order: RestoreOrder, console: bool, root: &Path) -> Result<Request, End> {
+    let dir = match order.dir {
+        Some(dir) => dir,
+        None => Record::read(root, &wish.name)?.dir,
+    };
     let opened = tokio::task::spawn_blocking(move || restore::open(&dir)).await;
     let opened = opened.map_err(|e| End::Failed(format!("internal error: {e}")))??;
     let spec = restore::respecify(&opened.manifest.machine.spec, wish, &order.hosts)?;
@@ -198,10 +208,13 @@ async fn launched(
     if crate::config::resolve::check_name(&spec.name).is_err() || spec.members.is_empty() {
         return End::BadInput("the launch request names no VM or no member".into());
     }
-    let rundir = match RunDir::claim(&around.root, &spec.name) {
+    let rundir = match recovery::claim(&around.root, &spec.name).await {
         Ok(rundir) => rundir,
         Err(e) => return End::BadInput(e.to_string()),
     };
+    if matches!(source, Source::Boot(_)) {
+        recovery::forget(&around.root, &spec.name);
+    }
     if around.redirect_log {
         if let Err(e) = super::child::log_to(&rundir.log()) {
             launcher.progress(format!("no log: {e}")).await;
@@ -215,12 +228,19 @@ async fn launched(
         Ok(api) => api,
         Err(e) => return End::Failed(format!("{}: {e}", rundir.socket().display())),
     };
-    follow_launcher(read, shared.clone());
+    let ear = Ear::new(read, shared.clone());
+    shared.ops().record(recorder(&around.root, &spec));
     super::child::on_termination({
-        let shared = shared.clone();
-        move || shared.stop(End::Stopped { by: "a signal to the coordinator's process".into() })
+        let shared = Arc::downgrade(&shared);
+        move || {
+            if let Some(shared) = shared.upgrade() {
+                shared.stop(End::Stopped { by: "a signal to the coordinator's process".into() });
+            }
+        }
     });
     let (inbox_tx, inbox) = mpsc::channel(256);
+    let (root, spawner) = (around.root, around.spawner.clone());
+    let (saved, child) = (spec.clone(), inherit.clone());
     let mut coordinator = Coordinator {
         host: around.host,
         spawner: around.spawner,
@@ -249,10 +269,31 @@ async fn launched(
         let _ = tokio::time::timeout(DRAIN, pump).await;
     }
     api.abort();
-    if !end.is_regular() {
-        rundir.keep_log();
+    if end.is_regular() {
+        recovery::forget(&root, &saved.name);
+        return end;
     }
-    end
+    rundir.keep_log();
+    drop(rundir);
+    let Some(record) = heir::wanted(&end, &saved, &root) else {
+        return recovery::with_hint(end, &root, &saved.name);
+    };
+    launcher.progress(end.to_string()).await;
+    // The memory of the guest that is over; its threads may take their time.
+    std::thread::spawn(move || drop((coordinator, shared)));
+    heir::restore(record, saved, &child, console, &*spawner, (launcher, &ear)).await
+}
+
+/// Notes the VM's checkpoints for `spanvm recover`.
+fn recorder(root: &Path, spec: &VmSpec) -> Recorder {
+    let record = Record {
+        vm: spec.name.clone(),
+        dir: PathBuf::new(),
+        hosts: spec.members.iter().map(|m| m.host.clone()).collect(),
+        secret_file: spec.secret_file.clone(),
+        restores: 0,
+    };
+    Recorder { root: root.to_path_buf(), record }
 }
 
 impl Coordinator {
@@ -294,27 +335,6 @@ impl Coordinator {
             let _ = goodbye.await;
         }
     }
-}
-
-/// Takes what the launcher says while the VM starts and runs.
-fn follow_launcher(mut read: impl tokio::io::AsyncRead + Send + Unpin + 'static, shared: Arc<Shared>) {
-    tokio::spawn(async move {
-        loop {
-            match codec::recv(&mut read).await {
-                Ok(ToCoordinator::Input(bytes)) => type_in(&shared, bytes).await,
-                Ok(ToCoordinator::Detach) => return,
-                Ok(ToCoordinator::Stop { by }) => shared.stop(End::Stopped { by }),
-                Ok(message) => {
-                    tracing::error!("the launcher sent something unexpected: {message:?}");
-                    return shared.stop(End::Failed("the launcher sent something unexpected".into()));
-                }
-                Err(e) => {
-                    tracing::info!("launcher: {e}");
-                    return shared.stop(End::Stopped { by: "the launcher is gone".into() });
-                }
-            }
-        }
-    });
 }
 
 async fn type_in(shared: &Arc<Shared>, bytes: Vec<u8>) {

@@ -110,6 +110,7 @@ impl Coordinator {
         self.shared.ops().staff(Crew::new(seats));
         self.shared.running();
         if let Source::Checkpoint(opened) = &source {
+            self.shared.ops().restored(&opened.dir);
             self.go_on(opened);
         }
         let (pid, host) = (std::process::id(), self.inherit.host.clone());

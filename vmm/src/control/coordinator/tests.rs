@@ -228,6 +228,7 @@ fn spec(members: usize) -> VmSpec {
         pages: PageTuning::default(),
         secret_file: None,
         start_timeout: Duration::from_secs(2),
+        on_member_loss: Default::default(),
     }
 }
 

@@ -132,7 +132,7 @@ pub async fn checkpoint(turn: &Turn, body: &CheckpointBody) -> Result<Checkpoint
     // A VM that is to end does not go on only to be stopped, unless there is no checkpoint.
     let is_over = body.stop && cut.is_ok();
     if !was_paused && !is_over {
-        pause::release(turn, pause::LIMIT).await?;
+        go_on(turn).await?;
     }
     let pause_ms = since.elapsed().as_secs_f64() * 1e3;
     let (saved, members) = cut?;
@@ -158,7 +158,7 @@ pub async fn checkpoint(turn: &Turn, body: &CheckpointBody) -> Result<Checkpoint
         Ok(done) => done,
         Err(e) => {
             if body.stop && !was_paused {
-                pause::release(turn, pause::LIMIT).await?;
+                go_on(turn).await?;
             }
             return Err(e);
         }
@@ -166,7 +166,7 @@ pub async fn checkpoint(turn: &Turn, body: &CheckpointBody) -> Result<Checkpoint
     if saved.iter().all(|s| s.tracked) {
         ops.set_base(Some((request.checkpoint, folder.clone())));
     }
-    turn.shared().checkpointed(&folder);
+    ops.checkpointed(&folder);
     Ok(CheckpointReport {
         folder,
         full,
@@ -177,6 +177,16 @@ pub async fn checkpoint(turn: &Turn, body: &CheckpointBody) -> Result<Checkpoint
         removed,
         warnings,
     })
+}
+
+/// Lets the guest go on; if a member does not, the VM is paused, and says so.
+async fn go_on(turn: &Turn) -> Result<(), OpError> {
+    let gone_on = pause::release(turn, pause::LIMIT).await;
+    if let Err(e) = &gone_on {
+        turn.shared().paused(Some(format!("after a checkpoint it did not go on: {e}")));
+        return Err(OpError::Failed(format!("{e}: the VM is paused, try `spanvm resume`")));
+    }
+    gone_on
 }
 
 /// Opens the folder; if its newest checkpoint is the one that an incremental one may build on, says so.
@@ -254,7 +264,11 @@ async fn cut(
         Ok((saved, states))
     }
     .await;
-    let released = crew.ask_all(&MemberTask::ReleaseMemory, GRACE).await;
+    let mut released = crew.ask_all(&MemberTask::ReleaseMemory, GRACE).await;
+    if released.is_err() {
+        // Harmless where it worked.
+        released = crew.ask_all(&MemberTask::ReleaseMemory, GRACE).await;
+    }
     let cut = result?;
     released?;
     Ok(cut)

@@ -8,6 +8,7 @@ pub mod moves;
 pub mod pause;
 
 use super::crew::{AskError, Crew};
+use super::recovery::Recorder;
 use super::restore::Identity;
 use super::shared::Shared;
 use crate::member::MemberReply;
@@ -50,6 +51,7 @@ pub struct Ops {
     epochs: AtomicU64,
     blueprint: OnceLock<checkpoint::Blueprint>,
     identity: Mutex<Identity>,
+    recorder: Mutex<Option<Recorder>>,
 }
 
 impl Ops {
@@ -89,6 +91,30 @@ impl Ops {
 
     fn set_base(&self, base: Option<(migration::checkpoint::Id, std::path::PathBuf)>) {
         self.identity.lock().unwrap_or_else(PoisonError::into_inner).base = base;
+    }
+
+    /// Checkpoints are noted there.
+    pub fn record(&self, recorder: Recorder) {
+        *self.recorder() = Some(recorder);
+    }
+
+    /// The VM runs from the newest checkpoint of this folder.
+    pub fn restored(&self, dir: &std::path::Path) {
+        if let Some(recorder) = &mut *self.recorder() {
+            recorder.restored(dir);
+        }
+    }
+
+    /// There is a newer checkpoint.
+    fn checkpointed(&self, folder: &std::path::Path) {
+        tracing::info!("checkpoint {}", folder.display());
+        if let Some(recorder) = &mut *self.recorder() {
+            recorder.note(folder);
+        }
+    }
+
+    fn recorder(&self) -> MutexGuard<'_, Option<Recorder>> {
+        self.recorder.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn pauses(&self) -> MutexGuard<'_, pause::Pauses> {
