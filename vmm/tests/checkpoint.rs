@@ -3,95 +3,17 @@
 
 mod lab;
 
+use lab::loops::{beats, checkpoint, kill_all, launch, restore};
 use lab::{Lab, check, guest};
-use serde_json::Value;
 use std::process::Stdio;
-use std::time::{Duration, Instant};
-
-fn launch(lab: &Lab, kernel: &str, members: u16, cmdline: &str) {
-    let members = format!("--members={members}");
-    let args = [
-        "launch",
-        "--name=t",
-        "--cpus=3",
-        "--memory=64M",
-        "--detach",
-        "--kernel",
-        kernel,
-        &members,
-        "--cmdline",
-        cmdline,
-    ];
-    let output = lab.run(&args);
-    assert_eq!(output.status.code(), Some(0), "{output:?}");
-}
-
-fn console(lab: &Lab) -> String {
-    String::from_utf8_lossy(&lab.run(&["console", "t", "--dump"]).stdout).into_owned()
-}
-
-/// The last heartbeat of the guest's loop: seconds, least passes, wrong values.
-fn beat(text: &str) -> Option<(u64, u64, u64)> {
-    let line = text.lines().rev().find(|l| l.starts_with("BARE loop BEAT") && l.contains("wrong="))?;
-    let number = |key: &str| {
-        let word = line.split_whitespace().find_map(|w| w.strip_prefix(key))?;
-        word.parse().ok()
-    };
-    Some((number("seconds=")?, number("least=")?, number("wrong=")?))
-}
-
-/// Waits for a beat with more passes than `least`; returns its passes. Nothing may be wrong.
-fn beats(lab: &Lab, least: u64) -> u64 {
-    let since = Instant::now();
-    loop {
-        let text = console(lab);
-        if let Some((_, passes, wrong)) = beat(&text) {
-            assert_eq!(wrong, 0, "a page is older or newer than the others:\n{text}");
-            if passes > least {
-                return passes;
-            }
-        }
-        if since.elapsed() > Duration::from_secs(40) {
-            let info = lab.run(&["info", "t", "--json"]);
-            panic!("no heartbeat above {least}:\n{text}\n{}", String::from_utf8_lossy(&info.stdout));
-        }
-        std::thread::sleep(Duration::from_millis(100));
-    }
-}
-
-fn checkpoint(lab: &Lab, more: &[&str]) -> Value {
-    let output = lab.run(&[&["checkpoint", "t", "--to", "@/ck", "--json"], more].concat());
-    assert_eq!(output.status.code(), Some(0), "{output:?}");
-    let line = String::from_utf8_lossy(&output.stdout).lines().last().unwrap().to_owned();
-    serde_json::from_str(&line).unwrap()
-}
-
-fn restore(lab: &Lab, members: u16) {
-    let members = format!("--members={members}");
-    let output = lab.run(&["restore", "@/ck", "--detach", &members]);
-    assert_eq!(output.status.code(), Some(0), "{output:?}");
-}
-
-fn kill_all(lab: &Lab) {
-    for (pid, _) in lab::processes_with(&lab.runtime()) {
-        // SAFETY: kill takes two numbers; the process is one that this test started.
-        unsafe { libc::kill(i32::try_from(pid).unwrap(), libc::SIGKILL) };
-    }
-    lab.nothing_runs();
-    // A process that is on its way out shows no environment any more, but still holds the VM's name.
-    let since = Instant::now();
-    while lab.run(&["ps", "--json"]).stdout != b"[]\n" {
-        assert!(since.elapsed() < Duration::from_secs(20), "the VM's name stays taken");
-        std::thread::sleep(Duration::from_millis(50));
-    }
-}
+use std::time::Duration;
 
 #[test]
 fn a_guest_goes_on_from_the_cut_on_any_number_of_members() {
     let Some(kernel) = guest() else { return };
     for (shared, from) in [(1, 2), (0, 1)] {
         let lab = Lab::new();
-        launch(&lab, kernel, from, &format!("cpus=3 test=loop pages=40 shared={shared} deadline=120"));
+        launch(&lab, kernel, from, &format!("pages=40 shared={shared}"), &[], "");
         let mut passes = beats(&lab, 0);
         for members in [3, 2, 1] {
             let first = checkpoint(&lab, &[]);
@@ -127,7 +49,7 @@ fn bad_folders_are_named_and_the_vm_runs_on() {
     check(&lab.run(&["restore", "@/none"]), 2, &["none", "missing"], "no folder");
     check(&lab.run(&["restore", "@/folder"]), 2, &["folder", "no complete checkpoint"], "an empty folder");
     check(&lab.run(&["checkpoint", "nobody", "--to", "@/ck"]), 2, &["nobody"], "no such VM");
-    launch(&lab, kernel, 2, "cpus=3 test=loop pages=40 shared=1 deadline=120");
+    launch(&lab, kernel, 2, "pages=40 shared=1", &[], "");
     let passes = beats(&lab, 0);
     let full = lab.run(&["checkpoint", "t", "--to", "/dev/full/x"]);
     check(&full, 1, &["/dev/full"], "no folder there");
@@ -138,16 +60,38 @@ fn bad_folders_are_named_and_the_vm_runs_on() {
     lab.run(&["stop", "t"]);
     lab.nothing_runs();
     // Another guest must not write over it.
-    launch(&lab, kernel, 2, "cpus=3 test=loop pages=40 shared=1 deadline=120");
+    launch(&lab, kernel, 2, "pages=40 shared=1", &[], "");
     let other = lab.run(&["checkpoint", "t", "--to", "@/ck"]);
     check(&other, 1, &["ck", "belongs to VM t"], "another guest's folder");
     let passes = beats(&lab, 0);
     beats(&lab, passes);
     lab.run(&["stop", "t"]);
     lab.nothing_runs();
-    let page_file = std::fs::read_dir(lab.path("ck/00000001")).unwrap().flatten();
-    let page_file = page_file.map(|e| e.path()).find(|p| p.to_string_lossy().contains("pages-0")).unwrap();
-    std::fs::remove_file(&page_file).unwrap();
+    // Each line: the file, what happens to it, what the error names.
+    let folder = lab.path("ck/00000001");
+    let whole = |name: &str| std::fs::read(folder.join(name)).unwrap();
+    let (manifest, pages) = (whole("manifest"), whole("pages-0"));
+    let newer = [&b"spanvm checkpoint 9"[..], &manifest[19..]].concat();
+    let mut flipped = manifest.clone();
+    flipped[manifest.len() / 2] ^= 4;
+    let mut index = pages.clone();
+    index[pages.len() - 60] ^= 4;
+    let bad: [(&str, &[u8], &str, &[&str]); 6] = [
+        ("manifest", &newer, "a newer version", &["manifest", "9"]),
+        ("manifest", &flipped, "a flipped bit", &["manifest"]),
+        ("manifest", &manifest[..manifest.len() - 1], "the end is missing", &["manifest"]),
+        ("pages-0", &pages[..pages.len() - 4096], "cut off", &["pages-0"]),
+        ("pages-0", &index, "a flipped bit", &["pages-0"]),
+        ("pages-0", &whole("pages-1"), "another file of the same checkpoint", &["pages-0"]),
+    ];
+    for (name, bytes, what, named) in bad {
+        let good = whole(name);
+        std::fs::write(folder.join(name), bytes).unwrap();
+        check(&lab.run(&["restore", "@/ck"]), 2, named, &format!("{name}: {what}"));
+        std::fs::write(folder.join(name), good).unwrap();
+    }
+    check(&lab.run(&["restore", "@/ck", "--members=4"]), 2, &["3 vCPUs", "4 members"], "too many members");
+    std::fs::remove_file(folder.join("pages-0")).unwrap();
     check(&lab.run(&["restore", "@/ck"]), 2, &["pages-0", "missing"], "a missing page file");
 }
 
@@ -156,7 +100,7 @@ fn bad_folders_are_named_and_the_vm_runs_on() {
 fn twenty_times_at_any_moment() {
     let Some(kernel) = guest() else { return };
     let lab = Lab::new();
-    launch(&lab, kernel, 2, "cpus=3 test=loop pages=200 shared=1 deadline=120");
+    launch(&lab, kernel, 2, "pages=200 shared=1", &[], "");
     beats(&lab, 0);
     let mut seed = u64::from(std::process::id());
     for round in 0..20u64 {

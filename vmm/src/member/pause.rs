@@ -13,6 +13,7 @@
 //! While paused, the member serves its peers as ever: pages, device registers, interrupts into its local APICs. So a
 //! vCPU of another member that is still on its way out of the guest gets what it waits for.
 
+use super::fault;
 use super::runtime::{Member, MemberError};
 use super::task::{MemberReply, MemberTask};
 use crate::kvm::desk::{Order, answer};
@@ -125,6 +126,15 @@ impl Member {
     /// Why it was not done, in words.
     pub fn task(&self, task: MemberTask) -> Result<MemberReply, String> {
         let words = |e: &dyn std::error::Error| crate::control::host::chain(e);
+        let step = match &task {
+            MemberTask::Pause { .. } => Some("pause"),
+            MemberTask::Resume { .. } => Some("resume"),
+            MemberTask::QuietMemory { .. } => Some("quiet"),
+            MemberTask::Capture => Some("capture"),
+            MemberTask::ReleaseMemory => Some("release"),
+            _ => None,
+        };
+        step.map_or(Ok(()), |step| fault::at(self.plan().me, step))?;
         match task {
             MemberTask::Pause { limit } => {
                 let clock = self.pause(limit).map_err(|e| words(&e))?;

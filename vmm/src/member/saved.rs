@@ -167,6 +167,7 @@ impl Member {
         request: SaveRequest,
         out: &'a mut Pieces<'a>,
     ) -> Result<PagesSaved, String> {
+        super::fault::at(self.plan().me, "save")?;
         let words = |e: io::Error| e.to_string();
         let cutter = Cutter { to: out, piece: Vec::with_capacity(PIECE) };
         let number = u32::from(self.plan().me.0);

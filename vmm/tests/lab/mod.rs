@@ -1,6 +1,8 @@
 //! What the tests over the real binary share.
 #![allow(dead_code, missing_debug_implementations, missing_docs, reason = "each test file uses a part")]
 
+pub mod loops;
+
 use std::fs;
 use std::io::Read;
 use std::net::SocketAddr;
