@@ -13,7 +13,7 @@ import unittest
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import console, guestrun, images, moves, quickstart
+from . import checkpoints, console, guestrun, images, moves, quickstart
 from . import kernel as debian
 from . import lab as labs
 from .common import ROOT, TARGET, Failure, call, main, need_tool, packages, replace_file, say
@@ -152,7 +152,10 @@ def _bare_run(left):
     if not moved:
         raise Failure("no vCPU was moved while the bare-metal guests ran")
     say(f"{len(moved)} moves of vCPUs, median downtime {sorted(moved)[len(moved) // 2]:.0f} us")
-    return f"{len(BARE_TESTS)} tests on each of {len(BARE_GUESTS)} guests over several members, {len(moved)} moves of vCPUs"
+    saved = checkpoints.there_and_back(binary, elf, f"test-{os.getpid()}", min(max(5, deadline - time.monotonic()), 180))
+    say(saved)
+    return (f"{len(BARE_TESTS)} tests on each of {len(BARE_GUESTS)} guests over several members, {len(moved)} moves of vCPUs, "
+            f"{saved}")
 
 
 def _lab(left):
@@ -195,7 +198,7 @@ STEPS = [
     Step("sim", "the page engine in simulated clusters, 10000 seeds", _sim),
     Step("seeded", "bugs put in on purpose: the model and the simulation must notice each", _seeded),
     Step("bare-build", "build the bare-metal guest", _bare_build),
-    Step("bare", "bare-metal guests over several members on /dev/kvm, their vCPUs moving", _bare_run),
+    Step("bare", "bare-metal guests over several members on /dev/kvm, their vCPUs moving; checkpoints of one", _bare_run),
     Step("lab", "a virtual host, Linux guest with two CPUs in it, ssicheck", _lab),
     # Where page walks count as writes this takes longer than all other steps together; see docs/status.md.
     Step("cluster", "two virtual hosts, Linux guest over both, ssicheck", _cluster, by_name_only=True),
