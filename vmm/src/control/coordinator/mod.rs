@@ -273,11 +273,12 @@ async fn launched(
         recovery::forget(&root, &saved.name);
         return end;
     }
+    let hinted = recovery::with_hint(end.clone(), &root, &saved.name);
+    // A VM without a launcher has nobody else to tell.
+    tracing::error!("{hinted}");
     rundir.keep_log();
     drop(rundir);
-    let Some(record) = heir::wanted(&end, &saved, &root) else {
-        return recovery::with_hint(end, &root, &saved.name);
-    };
+    let Some(record) = heir::wanted(&end, &saved, &root) else { return hinted };
     launcher.progress(end.to_string()).await;
     // The memory of the guest that is over; its threads may take their time.
     std::thread::spawn(move || drop((coordinator, shared)));
