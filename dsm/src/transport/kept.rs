@@ -102,6 +102,9 @@ fn frame_len(bytes: &[u8]) -> Option<usize> {
 }
 
 #[cfg(test)]
+mod model;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::addr::{Epoch, MemberId};
