@@ -20,7 +20,7 @@ use std::io;
 use std::sync::Arc;
 
 /// Page buffers kept for reuse per core.
-const SPARE: usize = 32;
+const SPARE: usize = 4;
 
 /// A page on its way in.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
