@@ -5,7 +5,7 @@ mod lab;
 
 use lab::loops::{beats, beats_at, checkpoint, info, is_over, kill, kill_all, launch, pid, restore};
 use lab::{Lab, check, guest};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 const LOOP: &str = "pages=40 shared=1";
@@ -173,6 +173,23 @@ fn a_member_that_dies_at_each_step() {
     }
 }
 
+/// Begins an operation that hangs, and returns when another one has been refused because of it. Whichever asks first has its
+/// turn, so the one that is to hang may be the one that is refused: then it is begun again.
+fn begin(lab: &Lab, hanging: &[&str], other: &[&str], refusal: &str) -> Child {
+    let since = Instant::now();
+    loop {
+        let mut child = lab.command(hanging).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        while child.try_wait().unwrap().is_none() {
+            let output = lab.run(other);
+            let text = String::from_utf8_lossy(&output.stderr).into_owned();
+            if output.status.code() == Some(1) && text.contains(refusal) {
+                return child;
+            }
+            assert!(since.elapsed() < Duration::from_secs(100), "{hanging:?} never began: {output:?}");
+        }
+    }
+}
+
 /// A member that hangs at a step is named, in bounded time, and the VM runs on. Meanwhile nothing else is begun.
 #[test]
 fn a_member_that_hangs_at_each_step() {
@@ -184,19 +201,10 @@ fn a_member_that_hangs_at_each_step() {
                 launch(&lab, kernel, 2, LOOP, &[], &format!("1:{step}:hang:1"));
                 let passes = beats(&lab, 0);
                 let checkpoint = ["checkpoint", "t", "--to", "@/ck"];
-                let child = lab.command(&checkpoint).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
-                let since = Instant::now();
-                loop {
-                    // Never done, whether the checkpoint has begun or is over.
-                    let output = lab.run(&["vcpu", "migrate", "t", "0", "--to", "0"]);
-                    let text = String::from_utf8_lossy(&output.stderr).into_owned();
-                    assert_eq!(output.status.code(), Some(1), "{text}");
-                    if text.contains("a checkpoint is under way") {
-                        break;
-                    }
-                    assert!(since.elapsed() < Duration::from_secs(60), "{step}: never under way");
-                }
-                check(&lab::finish(child.unwrap(), 60), 1, &["member 1"], step);
+                // Never done, whether the checkpoint has begun or is over.
+                let other = ["vcpu", "migrate", "t", "0", "--to", "0"];
+                let child = begin(&lab, &checkpoint, &other, "a checkpoint is under way");
+                check(&lab::finish(child, 60), 1, &["member 1"], step);
                 beats(&lab, passes);
                 lab.run(&["stop", "t"]);
                 lab.nothing_runs();
@@ -212,17 +220,8 @@ fn a_checkpoint_during_a_move_is_refused() {
     launch(&lab, kernel, 2, LOOP, &[], "1:confirm:hang");
     beats(&lab, 0);
     let migrate = ["vcpu", "migrate", "t", "0", "--to", "1", "--limit", "10"];
-    let child = lab.command(&migrate).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
-    let since = Instant::now();
-    loop {
-        let output = lab.run(&["checkpoint", "t", "--to", "@/ck"]);
-        if output.status.code() != Some(0) {
-            check(&output, 1, &["a move of vCPUs is under way"], "during a move");
-            break;
-        }
-        assert!(since.elapsed() < Duration::from_secs(60), "the move never began");
-    }
-    lab::finish(child.unwrap(), 60);
+    let child = begin(&lab, &migrate, &["checkpoint", "t", "--to", "@/ck"], "a move of vCPUs is under way");
+    lab::finish(child, 60);
     kill_all(&lab);
     lab.nothing_runs();
 }

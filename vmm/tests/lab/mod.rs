@@ -120,6 +120,10 @@ impl Drop for Lab {
             let _ = node.kill();
             let _ = node.wait();
         }
+        if std::thread::panicking() {
+            // What a failed test leaves would be in the way of those that come after it.
+            loops::kill_all(self);
+        }
     }
 }
 
