@@ -13,6 +13,8 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
 /// The peer answers an order within this time or is given up.
+/// Between two runs.
+const REST: Duration = Duration::from_millis(500);
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How much to measure.
@@ -78,6 +80,10 @@ pub struct FaultReport {
     pub upgrade: Cost,
     /// Over the floor.
     pub ratio: Ratios,
+    /// Whether each member had a processor of its own.
+    pub is_pinned: bool,
+    /// Whether the processors were kept from sleeping.
+    pub is_awake: bool,
 }
 
 impl fmt::Display for FaultReport {
@@ -94,6 +100,9 @@ impl fmt::Display for FaultReport {
             ("upgrade", self.upgrade, wp_us + rtt_us, self.ratio.upgrade),
         ] {
             writeln!(f, "{name:<8} {:>9.1} {:>9.1} {floor:>9.1} {ratio:>7.2}", cost.p50_us, cost.p99_us)?;
+        }
+        if self.is_pinned && !self.is_awake {
+            writeln!(f, "the processors may sleep between two steps: /dev/cpu_dma_latency can't be written")?;
         }
         Ok(())
     }
@@ -131,6 +140,7 @@ pub fn run(
     if opts.pages < 10 || opts.runs == 0 {
         return Err(BenchError::Options("at least 10 pages and one run are needed"));
     }
+    let mut is_awake = opts.tuning.is_pinned;
     let half = u64::from(opts.pages / 2) * PAGE_SIZE;
     let memory = [
         HomeRange { start: 0, len: half, home: MemberId(0) },
@@ -145,6 +155,10 @@ pub fn run(
 
     let mut runs = Vec::new();
     for n in 0..opts.runs {
+        // A virtual machine whose processors never sleep has soon used up what its host allows it: then each fault in a hundred
+        // waits until it gets more.
+        std::thread::sleep(REST);
+        let awake = opts.tuning.is_pinned.then(super::cpus::Awake::start);
         let count = usize::try_from(opts.pages).unwrap_or(usize::MAX);
         let mut rtt = round_trips(&mut stream, count)?;
         let (mut uffd, mut wp) = local_faults(opts.pages)?;
@@ -174,9 +188,10 @@ pub fn run(
         let [r, w, u] = costs.map(|c| c.p50_us);
         let (missing, protected) = (floor.uffd_us + floor.rtt_us, floor.wp_us + floor.rtt_us);
         runs.push(Run { floor, costs, ratios: [r / missing, w / missing, u / protected] });
+        is_awake &= awake.is_some_and(|awake| awake.is_on());
         progress(n + 1, opts.runs);
     }
-    Ok(report(&runs))
+    Ok(FaultReport { is_pinned: opts.tuning.is_pinned, is_awake, ..report(&runs) })
 }
 
 /// Times one access to the first word of every page, here and there: neighbours would come along.
@@ -217,5 +232,7 @@ fn report(runs: &[Run]) -> FaultReport {
             write: middle(&|r| r.ratios[1]),
             upgrade: middle(&|r| r.ratios[2]),
         },
+        is_pinned: false,
+        is_awake: false,
     }
 }

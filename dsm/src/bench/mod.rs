@@ -10,6 +10,7 @@
 //! A program that runs them needs a hidden subcommand that calls [`peer_main`] with the address it is given.
 
 pub mod contend;
+pub mod cpus;
 pub mod fanout;
 pub mod fault;
 pub mod floor;

@@ -47,6 +47,8 @@ pub struct Tuning {
     pub grace_ms: u64,
     /// Pages that a member keeps; 0 for all.
     pub budget_pages: u64,
+    /// Each member on a processor of its own ([`super::cpus`]).
+    pub is_pinned: bool,
 }
 
 impl Default for Tuning {
@@ -61,6 +63,7 @@ impl Default for Tuning {
             deadline_ms: 10_000,
             grace_ms: 0,
             budget_pages: 0,
+            is_pinned: false,
         }
     }
 }
@@ -110,6 +113,9 @@ pub enum Answer {
 /// Connects the members of a group and starts this one.
 pub fn join(listener: TcpListener, membership: &Membership) -> Result<Dsm, BenchError> {
     let Membership { me, addrs, memory, tuning } = membership;
+    if tuning.is_pinned {
+        super::cpus::pin(*me).map_err(io_step("can't choose a processor"))?;
+    }
     let all = || (0u16..).map(MemberId).zip(addrs.iter().copied());
     let mesh = MeshConfig {
         me: *me,

@@ -10,6 +10,7 @@ use dsm::bench::fanout::{self, FanoutOptions};
 use dsm::bench::fault::{self, FaultOptions};
 use dsm::bench::group::self_launcher;
 use dsm::bench::many::{self, ManyOptions};
+use dsm::bench::peer::Tuning;
 use dsm::bench::stream::{self, StreamOptions};
 use serde::Serialize;
 use std::fmt::Display;
@@ -59,6 +60,9 @@ pub struct FaultArgs {
     #[arg(long, value_name = "N", default_value_t = FaultOptions::default().runs,
           value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub runs: u32,
+    /// Let the scheduler choose processors and let them sleep, instead of one awake for each member.
+    #[arg(long)]
+    pub no_pin: bool,
 }
 
 /// Flags of `bench many`.
@@ -159,7 +163,11 @@ pub fn run(args: &BenchArgs) -> Result<u8, End> {
         .map_err(|e| End::Failed(format!("can't find this program's own file: {e}")))?;
     match &args.bench {
         Bench::Fault(args) => {
-            let options = FaultOptions { pages: args.pages, runs: args.runs, ..FaultOptions::default() };
+            let options = FaultOptions {
+                pages: args.pages,
+                runs: args.runs,
+                tuning: Tuning { is_pinned: !args.no_pin, ..Tuning::default() },
+            };
             let report = fault::run(options, &launcher, progress("fault")).map_err(failed)?;
             print(&report, args.json)?;
         }
