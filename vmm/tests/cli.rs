@@ -40,6 +40,8 @@ fn bad_input_is_refused() {
         (&["info", "../x"], &["no VM"]),
         (&["stop", "none"], &["no VM"]),
         (&["console", "none"], &["no VM"]),
+        (&["console", "none", "--send", "x"], &["no VM"]),
+        (&["console", "none", "--send", "x", "--dump"], &["cannot be used with"]),
         (&["ps", "--on=:x"], &["--on"]),
         (&["node", "--listen=nowhere"], &["--listen nowhere"]),
         (&["node", "--listen=0.0.0.0:0"], &["--secret-file"]),

@@ -18,6 +18,10 @@ PACKAGES = ["bochs", "bochs-wx", "bochsbios", "vgabios", "grub-pc-bin", "grub-co
 CMDLINE = ("console=ttyS0 panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check quiet nopti "
            "random.trust_cpu=on")
 WIRE_BASE = 40000
+WINDOW = 32768
+"""Bytes that a TCP connection may have under way. The emulated card takes one frame of 1500 bytes in a millisecond of its own time,
+and what does not fit into its socket's buffer (some 90 frames) is lost: a few connections at full speed would wait for
+retransmissions most of the time."""
 
 
 def prepare():
@@ -54,7 +58,7 @@ def _media(lab, host, kernel, initramfs):
     (tree / "boot" / "grub").mkdir(parents=True)
     shutil.copy(kernel, tree / "boot" / "kernel")
     (tree / "boot" / "initramfs").write_bytes(initramfs.read_bytes() + images.payload_archive())
-    append = f"{CMDLINE} lab.name={host.name} lab.ip={host.ip} lab.token={lab.token}"
+    append = f"{CMDLINE} lab.name={host.name} lab.ip={host.ip} lab.token={lab.token} lab.window={WINDOW}"
     (tree / "boot" / "grub" / "grub.cfg").write_text(
         f"linux /boot/kernel {append}\ninitrd /boot/initramfs\nboot\n", encoding="utf-8")
     call(["grub-mkrescue", "-d", "/usr/lib/grub/i386-pc", "--compress=xz", "--fonts=", "--locales=", "--themes=",

@@ -21,6 +21,7 @@ Virtual hosts with /dev/kvm, for running spanvm over several machines on one.
   scripts/lab down                           end them
   scripts/lab run -n 3 -- CMD                up, run CMD in h1, down
   scripts/lab soak --boots 10                boot the Linux guest over them ten times, and judge its console
+  scripts/lab soak --moves 100               move its vCPUs between hosts while it works, then check it
   scripts/lab bench boot --json              its boot over two hosts against one, and where remote faults come from
 
 The hosts run Debian's stock kernel and busybox. In each of them
@@ -67,11 +68,15 @@ def _parser():
     guest.add_argument("--launch-args", default="", metavar="TEXT", help="more options of spanvm launch")
     soak = commands.add_parser("soak", parents=[machine, name, guest], help="boot the Linux guest over the hosts, many times")
     soak.add_argument("--boots", type=int, default=10, metavar="N", help="how often (default 10)")
+    soak.add_argument("--moves", type=int, metavar="N", help="instead: boot once, move vCPUs so often while the guest works, then check it")
+    soak.add_argument("--seed", type=int, default=1, metavar="S", help="of --moves: which vCPU moves when (default 1)")
+    soak.add_argument("--budget", type=int, default=15, metavar="S", help="of --moves: seconds for each round of ssicheck (default 15)")
     soak.add_argument("--guest-run", default="poweroff", metavar="CMD", help="what the guest runs, such as 'ssicheck' (default: nothing)")
     soak.add_argument("--fresh-hosts", action="store_true", help="new virtual hosts for every boot")
     bench = commands.add_parser("bench", parents=[machine, name, guest], help="measure the Linux guest over the hosts")
     bench.add_argument("what", choices=["boot"])
     bench.add_argument("--runs", type=int, default=1, metavar="N", help="boots of each kind; the median counts (default 1)")
+    bench.add_argument("--check", default="", metavar="CMD", help="what the guest runs after the last boot, such as 'ssicheck'")
     bench.add_argument("--json", action="store_true", help="JSON instead of a table")
     return parser
 
@@ -144,11 +149,16 @@ def _measure(options):
     if options.command == "soak":
         if options.boots < 1:
             raise Failure(f"--boots {options.boots}: at least 1")
+        if options.moves is not None:
+            if options.moves < 1 or options.n < 2:
+                raise Failure("--moves: at least 1, over at least -n 2 hosts")
+            plan.timeout = options.guest_timeout or 5400
+            return measure.soak_moves(lambda: _new(options), options.moves, plan, options.seed, options.budget)
         plan.run = options.guest_run
         return measure.soak(lambda: _new(options), options.boots, plan, options.fresh_hosts)
     if options.n < 2 or options.runs < 1:
         raise Failure("bench boot compares one member with several: -n 2 or more, --runs 1 or more")
-    report = measure.bench_boot(lambda: _new(options), plan, options.runs)
+    report = measure.bench_boot(lambda: _new(options), plan, options.runs, options.check)
     text = json.dumps(report, indent=1)
     replace_file(TARGET / f"bench-boot-{options.cpu}.json", text.encode() + b"\n")
     if options.json:

@@ -97,7 +97,8 @@ def _forward(client, count):
         if not 1 <= number <= count:
             return
         try:
-            agent = socket.create_connection((f"10.77.0.{number}", AGENT_PORT), 10)
+            # An emulated host that works is slow to answer.
+            agent = socket.create_connection((f"10.77.0.{number}", AGENT_PORT), 60)
         except OSError:
             return
         with agent:

@@ -38,6 +38,8 @@ class Plan:
     options: list = field(default_factory=list)
     """More options of `spanvm launch`."""
     timeout: int = 600
+    mark: str = ""
+    """What the guest says when the counters of its boot are to be read (`Outcome.boot_info`)."""
 
     def cmdline(self, where):
         """The guest's kernel command line."""
@@ -69,6 +71,8 @@ class Outcome:
     """The newest `spanvm info --json`."""
     info_text: str = ""
     """`spanvm info`, for people."""
+    boot_info: dict = field(default_factory=dict)
+    """The first `spanvm info --json` after `Plan.mark` was on the console."""
 
     @property
     def facts(self):
@@ -101,12 +105,13 @@ class Outcome:
 
 
 class Virtual:
-    """The machines of a lab: member n runs on host n + 1."""
+    """The machines of a lab: member n runs on host n + 1. Every `look_s` seconds a running guest's counters are read."""
 
     mode = "lab"
 
     def __init__(self, lab):
         self.lab = lab
+        self.look_s = 60 if lab.cpu == "intel" else 10
         self.command = "spanvm"
         self.images = "/opt/spanvm"
 
@@ -132,6 +137,7 @@ class Local:
     """This machine: all members on loopback."""
 
     mode = "kvm"
+    look_s = 10
 
     def __init__(self, binary):
         self.command = str(binary)
@@ -235,11 +241,14 @@ def boot(where, plan, show=None):
     def look():
         """Asks for the counters now and then, and once more when the guest's command has ended."""
         while not finished.is_set():
-            last = ended.wait(10)
+            last = ended.wait(where.look_s)
             try:
+                is_marked = bool(plan.mark) and plan.mark in outcome.text
                 result = where.sh(f"{shlex.quote(where.command)} info {VM} --json", 60)
                 if result.code == 0:
                     outcome.info = json.loads(result.text)
+                    if is_marked and not outcome.boot_info:
+                        outcome.boot_info = outcome.info
                 if last:
                     outcome.info_text = where.sh(f"{shlex.quote(where.command)} info {VM}", 60).text
             except (Failure, ValueError) as failure:

@@ -88,7 +88,8 @@ def guest(kernel, programs=None):
     """Writes target/images/{vmlinuz,vmlinux,initramfs.cpio,guest.json}; returns the directory."""
     programs = programs or build_static("ssicheck")
     archive = base(kernel, ROOT / "guest-images" / "linux" / "init", GUEST_MODULES)
-    archive.file("/bin/pagetables", (ROOT / "guest-images" / "linux" / "pagetables").read_bytes())
+    for script in ("pagetables", "load"):
+        archive.file(f"/bin/{script}", (ROOT / "guest-images" / "linux" / script).read_bytes())
     archive.file("/bin/ssicheck", (programs / "ssicheck").read_bytes())
     data = archive.bytes()
     replace_file(IMAGES / "initramfs.cpio", data)

@@ -4,7 +4,7 @@ import json
 import statistics
 import time
 
-from . import causes, console, guestrun, images
+from . import causes, console, guestrun, images, soakmoves
 from . import kernel as debian
 from . import lab as labs
 from .common import TARGET, Failure, replace_file, say
@@ -50,10 +50,16 @@ def soak(new_lab, boots, plan, fresh_hosts):
     return 0 if good == boots else 1
 
 
+def soak_moves(new_lab, moves, plan, seed, budget):
+    """See `soakmoves`."""
+    _ready()
+    return soakmoves.soak_moves(new_lab, moves, plan, seed, budget)
+
+
 def _faults(outcome):
     """Remote faults by kind over all members, and how often each page moved."""
     kinds, pages = {}, {}
-    for member in outcome.info.get("members", []):
+    for member in (outcome.boot_info or outcome.info).get("members", []):
         for kind, count in member.get("faults", {}).items():
             kinds[kind] = kinds.get(kind, 0) + count
         for hot in _find(member, "hot_pages") or []:
@@ -74,24 +80,35 @@ def _find(value, key):
     return None
 
 
-def bench_boot(new_lab, plan, runs):
-    """Boots on one member and on several, same CPUs and memory; returns the report."""
+def bench_boot(new_lab, plan, runs, check=""):
+    """Boots on one member and on several, same CPUs and memory; returns the report.
+
+    After the last boot the guest runs `check`, if there is one: its faults are not counted.
+    """
     _ready()
     plan.run = "pagetables"
     # `nokaslr` lets a page of the kernel's image be named by its symbols.
     plan.extra = "nokaslr"
     plan.linger = 30
+    plan.mark = "SPANVM-PT"
     # What the CPUs of a boot do to each other is what this measures.
     plan.all_cpus_boot = True
     times = {1: [], plan.members: []}
     guest = causes.Guest()
     last = None
+
+    def show(line):
+        if line.startswith("SPANVM-") or console.complaints(line):
+            say(f"    guest| {line[:160]}")
     with labs.running(new_lab()) as lab:
         guest.symbols = causes.parse_symbols(lab.run("h1", "cat /proc/kallsyms", 120).text)
         for run in range(runs):
-            for members in (1, plan.members):
+            for members in (plan.members, 1):
                 one = guestrun.Plan(**{**vars(plan), "members": members})
-                outcome = guestrun.boot(guestrun.Virtual(lab), one)
+                if check and members > 1 and run + 1 == runs:
+                    # A while for the counters to be read.
+                    one.run += f"; sleep {2 * guestrun.Virtual(lab).look_s}; {check}"
+                outcome = guestrun.boot(guestrun.Virtual(lab), one, show)
                 outcome.check()
                 times[members].append({"wall_s": outcome.init_s, "guest_s": console.init_uptime(outcome.text)})
                 say(f"run {run + 1} of {runs}, {members} member{'s'[:members > 1]}: init after {outcome.init_s:.1f} s "
@@ -111,7 +128,7 @@ def bench_boot(new_lab, plan, runs):
         "init_s": {"one": median(1, "wall_s"), "several": median(plan.members, "wall_s")},
         "init_guest_s": {"one": median(1, "guest_s"), "several": median(plan.members, "guest_s")},
         "ratio": round(median(plan.members, "wall_s") / median(1, "wall_s"), 2),
-        "remote_faults": last.remote_faults, "faults": kinds,
+        "remote_faults": sum(count for kind, count in kinds.items() if kind.endswith("_remote")), "faults": kinds,
         "moves_by_cause": by_cause, "moves_listed": sum(pages.values()), "top_pages": rows[:40],
         "when": time.strftime("%Y-%m-%d"),
     }

@@ -52,7 +52,7 @@ def _tools(_left):
 
 
 def _scripts(left):
-    for path in sorted(ROOT.glob("scripts/*")) + sorted(ROOT.glob("guest-images/*/init")) + [ROOT / ".ci" / "run"]:
+    for path in sorted(ROOT.glob("scripts/*")) + sorted(ROOT.glob("guest-images/*/*")) + [ROOT / ".ci" / "run"]:
         if path.is_file() and path.read_bytes().startswith(b"#!/bin/sh"):
             call(["sh", "-n", path], 20, f"syntax of {path.relative_to(ROOT)}", quiet=True)
     for path in sorted((ROOT / "scripts" / "lib").rglob("*.py")):

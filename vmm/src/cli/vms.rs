@@ -254,6 +254,9 @@ pub struct ConsoleArgs {
     /// Print what there is and return.
     #[arg(long)]
     pub dump: bool,
+    /// Type this and a newline, and return.
+    #[arg(long, value_name = "TEXT", conflicts_with = "dump")]
+    pub send: Option<String>,
 }
 
 /// Shows the console's past and future, and types what the user types.
@@ -262,6 +265,10 @@ pub struct ConsoleArgs {
 /// No such VM, or no console.
 pub async fn console(args: ConsoleArgs) -> Result<u8, End> {
     let client = VmClient::new(args.place.place()?, &args.vm);
+    if let Some(text) = args.send {
+        client.post("/vm/console/input", (text + "\n").into_bytes()).await?;
+        return Ok(0);
+    }
     let path = if args.dump { "/vm/console" } else { "/vm/console?follow=true" };
     let mut body = client.request(Method::GET, path, Bytes::new()).await?.into_body();
     let raw = if args.dump { None } else { Some(RawInput::take()) };
