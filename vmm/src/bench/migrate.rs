@@ -1,8 +1,9 @@
 //! How long the guest is without a vCPU that moves: two members in this process, connected over loopback, and a guest
 //! whose only vCPU counts in a register.
 //!
-//! The floor is what nothing could avoid: two round trips of the same connection with an image's bytes one way, and
-//! reading and setting the state with the ioctls alone.
+//! The floor is what nothing could avoid: two round trips of a loopback connection with an image's bytes one way, and
+//! reading and setting the state with the ioctls alone. One round trip and one get and set follow each move, at the same
+//! pace: so both see the same other load, the same cold caches, and a guest that keeps a processor busy.
 
 use crate::devices::DeviceSpec;
 use crate::kvm::vm::{KvmError, Vm};
@@ -10,6 +11,7 @@ use crate::member::travel::Departed;
 use crate::member::{BootImages, HostError, HostFacts, Member, MemberError, MemberPlan, Origin, PageTuning};
 use crate::topology::{MemberDesc, Topology};
 use dsm::addr::{Epoch, HomeRange, MemberId};
+use kvm_ioctls::VcpuFd;
 use migration::vcpu::{StateError, VcpuState, msr_numbers, present};
 use serde::Serialize;
 use std::io::{self, Read, Write};
@@ -23,6 +25,8 @@ const LIMIT: Duration = Duration::from_secs(10);
 const MEMORY: u64 = 16 << 20;
 /// Moves before those that count: pages and caches settle.
 const WARM_UP: u32 = 10;
+/// Between a move and what is measured next.
+const PACE: Duration = Duration::from_millis(2);
 
 /// What to measure.
 #[derive(Clone, Copy, Debug)]
@@ -108,8 +112,10 @@ impl std::fmt::Display for MigrateReport {
 /// [`BenchError`].
 pub fn run(options: MigrateOptions, mut progress: impl FnMut(u32, u32)) -> Result<MigrateReport, BenchError> {
     let members = start()?;
+    let bare = Bare::new()?;
+    let mut wire = None;
     let all = options.moves.max(1) + WARM_UP;
-    let mut downtimes = Vec::new();
+    let (mut downtimes, mut trips, mut ioctls) = (Vec::new(), Vec::new(), Vec::new());
     let mut state_bytes = 0;
     for n in 0..all {
         let (from, to) = if n % 2 == 0 { (0u16, 1u16) } else { (1, 0) };
@@ -124,19 +130,28 @@ pub fn run(options: MigrateOptions, mut progress: impl FnMut(u32, u32)) -> Resul
             other => return Err(BenchError::Move(format!("{other:?}"))),
         }
         // Some instructions on the other side.
-        std::thread::sleep(Duration::from_millis(2));
+        std::thread::sleep(PACE);
         let places = [(0, MemberId(to), epoch)];
         let times = target.placed(&places);
         source.placed(&places);
+        let wire = match &mut wire {
+            Some(wire) => wire,
+            none => none.insert(Wire::new(state_bytes)?),
+        };
+        let trip = wire.round_trip()?;
+        std::thread::sleep(PACE);
+        let get_set = bare.get_and_set()?;
         if n >= WARM_UP {
             downtimes.extend(times.iter().map(|(_, ns)| micros(Duration::from_nanos(*ns))));
+            trips.push(trip);
+            ioctls.push(get_set);
             if (n + 1 - WARM_UP) % 50 == 0 || n + 1 == all {
                 progress(n + 1 - WARM_UP, all - WARM_UP);
             }
         }
     }
     members.iter().for_each(|m| m.stop("the benchmark is done"));
-    let floor = Floor { rtt_us: round_trip(state_bytes)?, get_set_us: get_and_set()? };
+    let floor = Floor { rtt_us: percentile(&mut trips, 50), get_set_us: percentile(&mut ioctls, 50) };
     let downtime_us =
         Percentiles { p50: percentile(&mut downtimes, 50), p99: percentile(&mut downtimes, 99) };
     let ratio = downtime_us.p50 / (2.0 * floor.rtt_us + floor.get_set_us);
@@ -221,55 +236,69 @@ fn guest() -> Vec<u8> {
     elf
 }
 
-/// Median of a round trip over loopback TCP: so many bytes there, 48 back.
-fn round_trip(bytes: u64) -> Result<f64, BenchError> {
-    const ANSWER: usize = 48;
-    const TRIPS: usize = 500;
-    let len = usize::try_from(bytes).unwrap_or(1 << 13);
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-    let mut near = TcpStream::connect(listener.local_addr()?)?;
-    let (mut far, _) = listener.accept()?;
-    for stream in [&near, &far] {
-        stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(LIMIT))?;
-    }
-    let echo = std::thread::spawn(move || {
-        let mut buffer = vec![0; len];
-        while far.read_exact(&mut buffer).is_ok() && far.write_all(&[1; ANSWER]).is_ok() {}
-    });
-    let image = vec![7u8; len];
-    let mut times = Vec::new();
-    for _ in 0..TRIPS {
-        let start = Instant::now();
-        near.write_all(&image)?;
-        near.read_exact(&mut [0; ANSWER])?;
-        times.push(micros(start.elapsed()));
-    }
-    drop(near);
-    let _ = echo.join();
-    Ok(percentile(&mut times, 50))
+/// A loopback connection whose other end answers so many bytes with 48.
+struct Wire {
+    near: TcpStream,
+    image: Vec<u8>,
 }
 
-/// Median of reading a vCPU's state and setting it in another.
-fn get_and_set() -> Result<f64, BenchError> {
-    const TIMES: usize = 200;
-    let failed = |e: kvm_ioctls::Error| BenchError::Io(io::Error::from_raw_os_error(e.errno()));
-    let kvm = kvm_ioctls::Kvm::new().map_err(failed)?;
-    let numbers = msr_numbers(&kvm)?;
-    let vm = Vm::new()?;
-    let cpuid = kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(failed)?;
-    let (a, b) = (vm.bare_vcpu(0)?, vm.bare_vcpu(1)?);
-    for vcpu in [&a, &b] {
-        vcpu.set_cpuid2(&cpuid).map_err(failed)?;
+impl Wire {
+    const ANSWER: usize = 48;
+
+    fn new(bytes: u64) -> Result<Wire, BenchError> {
+        let len = usize::try_from(bytes).unwrap_or(1 << 13);
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let near = TcpStream::connect(listener.local_addr()?)?;
+        let (mut far, _) = listener.accept()?;
+        for stream in [&near, &far] {
+            stream.set_nodelay(true)?;
+        }
+        near.set_read_timeout(Some(LIMIT))?;
+        // Ends when the near end is closed.
+        std::thread::spawn(move || {
+            let mut buffer = vec![0; len];
+            while far.read_exact(&mut buffer).is_ok() && far.write_all(&[1; Wire::ANSWER]).is_ok() {}
+        });
+        Ok(Wire { near, image: vec![7u8; len] })
     }
-    let numbers = present(&a, &numbers)?;
-    let mut times = Vec::new();
-    for _ in 0..TIMES {
+
+    fn round_trip(&mut self) -> Result<f64, BenchError> {
         let start = Instant::now();
-        VcpuState::capture(&a, &numbers)?.restore(&b)?;
-        times.push(micros(start.elapsed()));
+        self.near.write_all(&self.image)?;
+        self.near.read_exact(&mut [0; Wire::ANSWER])?;
+        Ok(micros(start.elapsed()))
     }
-    Ok(percentile(&mut times, 50))
+}
+
+/// Two vCPUs that never run.
+struct Bare {
+    a: VcpuFd,
+    b: VcpuFd,
+    numbers: Vec<u32>,
+    _vm: Vm,
+}
+
+impl Bare {
+    fn new() -> Result<Bare, BenchError> {
+        let failed = |e: kvm_ioctls::Error| BenchError::Io(io::Error::from_raw_os_error(e.errno()));
+        let kvm = kvm_ioctls::Kvm::new().map_err(failed)?;
+        let numbers = msr_numbers(&kvm)?;
+        let vm = Vm::new()?;
+        let cpuid = kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(failed)?;
+        let (a, b) = (vm.bare_vcpu(0)?, vm.bare_vcpu(1)?);
+        for vcpu in [&a, &b] {
+            vcpu.set_cpuid2(&cpuid).map_err(failed)?;
+        }
+        let numbers = present(&a, &numbers)?;
+        Ok(Bare { a, b, numbers, _vm: vm })
+    }
+
+    /// Reads a vCPU's state and sets it in another.
+    fn get_and_set(&self) -> Result<f64, BenchError> {
+        let start = Instant::now();
+        VcpuState::capture(&self.a, &self.numbers)?.restore(&self.b)?;
+        Ok(micros(start.elapsed()))
+    }
 }
 
 fn micros(time: Duration) -> f64 {

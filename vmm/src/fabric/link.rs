@@ -122,6 +122,18 @@ impl Link {
     /// # Errors
     /// The link is of no more use; why.
     pub fn send(&self, bytes: &[u8]) -> Result<(), String> {
+        self.put(bytes, true)
+    }
+
+    /// Leaves it to the writer: for a thread that has something more urgent to do than to take bytes through the network stack.
+    ///
+    /// # Errors
+    /// As [`Link::send`].
+    pub fn send_later(&self, bytes: &[u8]) -> Result<(), String> {
+        self.put(bytes, false)
+    }
+
+    fn put(&self, bytes: &[u8], at_once: bool) -> Result<(), String> {
         let mut out = self.lock();
         if out.closed {
             return Ok(());
@@ -131,7 +143,7 @@ impl Link {
             return Err(format!("it has stopped reading; {limit} bytes wait for it"));
         }
         let mut sent = 0;
-        if !out.broken && !out.has_unsent() {
+        if at_once && !out.broken && !out.has_unsent() {
             match try_send(&out.stream, bytes) {
                 Ok(n) => sent = n,
                 Err(why) => self.broke(&mut out, why)?,
@@ -368,5 +380,23 @@ mod tests {
             assert_eq!(&got, b"efgh");
             link.close();
         });
+    }
+
+    #[test]
+    fn what_is_sent_later_keeps_its_place() {
+        for keeps in [false, true] {
+            let (a, mut b) = pair();
+            let link = Link::new(MemberId(1), a, keeps).unwrap();
+            link.send(b"ab").unwrap();
+            link.send_later(b"cd").unwrap();
+            link.send(b"ef").unwrap();
+            std::thread::scope(|scope| {
+                scope.spawn(|| link.drain(Duration::from_secs(10)));
+                let mut got = [0; 6];
+                b.read_exact(&mut got).unwrap();
+                assert_eq!(&got, b"abcdef");
+                link.close();
+            });
+        }
     }
 }

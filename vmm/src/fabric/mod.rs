@@ -205,6 +205,16 @@ impl Fabric {
         self.check(link, link.send(message.encode(self.me, self.epoch).as_bytes()));
     }
 
+    /// As [`Fabric::send`], in order with it, but by another thread.
+    pub fn send_later(&self, to: MemberId, message: &Message) {
+        let Some(link) = self.links.iter().find(|l| l.peer == to) else { return };
+        self.sent.fetch_add(1, Ordering::Relaxed);
+        if message.is_for_the_guest() {
+            self.traffic.sent.fetch_add(1, Ordering::SeqCst);
+        }
+        self.check(link, link.send_later(message.encode(self.me, self.epoch).as_bytes()));
+    }
+
     /// Sends a vCPU to one member, as [`Fabric::send`] sends messages, and in order with them.
     pub fn send_image(&self, to: MemberId, image: &[u8]) {
         let Some(link) = self.links.iter().find(|l| l.peer == to) else { return };

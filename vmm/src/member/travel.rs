@@ -246,7 +246,8 @@ impl MemberMachine {
         match &ticket.returned {
             None => {
                 let moved = crate::fabric::wire::Message::Moved { token: ticket.token, vcpu: ticket.vcpu };
-                self.fabric.send(ticket.origin, &moved);
+                // The guest waits for this thread.
+                self.fabric.send_later(ticket.origin, &moved);
             }
             Some(why) => {
                 // Only this member knows the token, and who had it.
