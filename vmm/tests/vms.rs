@@ -134,7 +134,7 @@ fn a_member_killed_during_the_start() {
     for delay in [0, 5, 10, 20, 30, 50, 80, 120, 200] {
         let launcher = start(&lab, &launch(kernel, "cpus=2 test=loop", &[]));
         let since = Instant::now();
-        // The second `spanvm member` to appear is member 1.
+        // The second `spanvm member-process` to appear is member 1.
         let victim = loop {
             let mut pids: Vec<_> =
                 lab::processes_with(&lab.runtime()).into_iter().map(|(pid, _)| pid).collect();

@@ -282,7 +282,8 @@ impl super::shell::Shell {
         }
         self.engine.rehome(&layout)?;
         *self.homes.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = layout;
-        self.set_table(table.epoch, set);
+        // Who has left is alone.
+        self.set_table(table.epoch, if set.has(me) { set } else { MemberSet::only(me) });
         Ok(())
     }
 }

@@ -29,7 +29,7 @@ pub(super) fn resume(shell: &Shell, link: &Link, rules: &Rules<'_>, broke: Cause
     let peer = link.peer();
     tracing::warn!("the connection to {peer} broke ({broke}); trying again for {:?}", reconnect.grace);
     let end = Instant::now() + reconnect.grace;
-    while shell.is_running() && Instant::now() < end {
+    while shell.is_running() && shell.members().has(peer) && Instant::now() < end {
         let made = (reconnect.redial)(peer, end.min(Instant::now() + ATTEMPT)).and_then(|stream| {
             let got = exchange(shell, link, rules, &stream)?;
             link.resume(stream, got, shell.now()).map_err(io::Error::other)
@@ -65,7 +65,9 @@ fn exchange(shell: &Shell, link: &Link, rules: &Rules<'_>, mut stream: &TcpStrea
     }
 }
 
-/// Whether a member may reconnect at all.
+/// Whether a peer may reconnect: who is no member (any more) has nothing to lose.
 pub(super) fn is_enabled(shell: &Shell, peer: MemberId) -> bool {
-    shell.config().reconnect.is_some() && shell.link(peer).is_some_and(|l| !l.has_left())
+    shell.config().reconnect.is_some()
+        && shell.members().has(peer)
+        && shell.link(peer).is_some_and(|l| !l.has_left())
 }

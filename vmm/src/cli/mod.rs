@@ -6,6 +6,7 @@ pub mod bench;
 pub mod checkpoint;
 pub mod doctor;
 pub mod launch;
+pub mod member;
 pub mod node;
 pub mod ops;
 pub mod output;
@@ -42,6 +43,9 @@ pub enum Command {
     Resume(ops::PauseArgs),
     /// Move vCPUs between members.
     Vcpu(ops::VcpuArgs),
+    /// Take members out of a running VM.
+    #[command(name = "member")]
+    Members(member::MemberArgs),
     /// Save a VM to disk while it runs, or to end it.
     Checkpoint(checkpoint::CheckpointArgs),
     /// Bring a VM back from its newest checkpoint, on whatever members.
@@ -59,7 +63,7 @@ pub enum Command {
     /// Run the page engine in simulated clusters, from seeds. Needs no KVM.
     Sim(sim::SimArgs),
     /// A child process of the control plane.
-    #[command(hide = true)]
+    #[command(name = "member-process", hide = true)]
     Member,
 }
 
@@ -87,6 +91,7 @@ pub fn run(cli: Cli) -> u8 {
             Command::Recover(args) => report(checkpoint::recover(args).await),
             Command::Stop(args) => report(vms::stop(args).await),
             Command::Vcpu(args) => report(ops::vcpu(args).await),
+            Command::Members(args) => report(member::member(args).await),
             Command::Pause(args) => report(ops::pause(args).await),
             Command::Resume(args) => report(ops::resume(args).await),
             Command::Node(args) => report(node::run(args).await),

@@ -25,7 +25,7 @@ pub struct PauseArgs {
     pub json: bool,
 }
 
-fn seconds(text: &str) -> Result<f64, String> {
+pub(super) fn seconds(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(seconds) if seconds > 0.0 && seconds <= MAX_LIMIT => Ok(seconds),
         _ => Err(format!("a number of seconds above 0, at most {MAX_LIMIT}")),

@@ -9,6 +9,9 @@
 //! | `POST /vm/pause` | stops the guest's vCPUs, devices and clock; body `{"by": "who", "limit_s": 5}` |
 //! | `POST /vm/resume` | lets it go on; same body |
 //! | `POST /vm/vcpus/migrate` | moves vCPUs; body `{"vcpus": [1, 2], "to": 1, "limit_s": 5}`; answer [`super::ops::moves::MoveReport`] |
+//! | `POST /vm/members/drain` | takes a member out; body `{"member": 1, "limit_s": 5}`; answer [`super::ops::drain::DrainReport`] |
+//! | `GET /vm/members/progress` | how far that is: [`super::ops::drain::Progress`] |
+//! | `POST /vm/members/cancel` | undoes it |
 //! | `POST /vm/checkpoint` | saves the VM; body [`CheckpointBody`] |
 //! | `POST /vm/stop` | ends the VM; body `{"by": "who", "force": false}` |
 //!
@@ -17,7 +20,7 @@
 
 use super::end::End;
 use super::ops::checkpoint::{self, CheckpointBody};
-use super::ops::{OpError, Turn, moves, pause};
+use super::ops::{OpError, Turn, drain, moves, pause};
 use super::shared::Shared;
 use axum::body::{Body, Bytes};
 use axum::extract::{DefaultBodyLimit, Query, State};
@@ -67,6 +70,9 @@ fn router(shared: Arc<Shared>) -> Router {
         .route("/vm/pause", post(pause_vm))
         .route("/vm/resume", post(resume_vm))
         .route("/vm/vcpus/migrate", post(migrate))
+        .route("/vm/members/drain", post(drain_member))
+        .route("/vm/members/progress", get(members_progress))
+        .route("/vm/members/cancel", post(cancel_members))
         .route("/vm/checkpoint", post(checkpoint_vm))
         .route("/vm/stop", post(stop))
         .fallback(|| async { Refusal(StatusCode::NOT_FOUND, "no such resource".into()) })
@@ -190,6 +196,34 @@ async fn migrate(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Respo
     let limit = limit(body.limit_s)?;
     let turn = Turn::take(&shared, "a move of vCPUs")?;
     operate(async move { moves::migrate(&turn, &body.vcpus, body.to, limit).await }).await
+}
+
+/// Body of `POST /vm/members/drain`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DrainBody {
+    /// The member that is to leave.
+    pub member: u16,
+    /// Longest time that the move of a vCPU may take, as in [`PauseBody`].
+    #[serde(default)]
+    pub limit_s: Option<f64>,
+}
+
+async fn drain_member(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Response, Refusal> {
+    let body: DrainBody =
+        serde_json::from_slice(&body).map_err(|e| Refusal(StatusCode::BAD_REQUEST, e.to_string()))?;
+    let limit = limit(body.limit_s)?;
+    let turn = Turn::take(&shared, format!("the drain of member {}", body.member))?;
+    operate(async move { drain::drain(&turn, body.member, limit).await }).await
+}
+
+async fn members_progress(State(shared): State<Arc<Shared>>) -> Response {
+    Json(shared.ops().progress_now()).into_response()
+}
+
+async fn cancel_members(State(shared): State<Arc<Shared>>) -> Result<Response, Refusal> {
+    let what = shared.ops().cancel()?;
+    Ok((StatusCode::ACCEPTED, Json(serde_json::json!({ "cancelling": what }))).into_response())
 }
 
 async fn checkpoint_vm(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Response, Refusal> {

@@ -1,4 +1,4 @@
-//! The process behind `spanvm member`: takes its orders from the socket that is its standard input.
+//! The process behind `spanvm member-process`: takes its orders from the socket that is its standard input.
 
 use super::codec;
 use super::coordinator::{self, Processes, Surroundings};
@@ -24,7 +24,9 @@ pub async fn main() -> u8 {
     let stream = match stdin_socket() {
         Ok(stream) => stream,
         Err(e) => {
-            eprintln!("spanvm member is started by spanvm itself, with a socket as its standard input: {e}");
+            eprintln!(
+                "spanvm member-process is started by spanvm itself, with a socket as its standard input: {e}"
+            );
             return 2;
         }
     };
@@ -36,7 +38,7 @@ async fn serve(mut stream: UnixStream) -> u8 {
     let inherit: Inherit = match codec::within(FIRST, codec::recv(&mut stream)).await {
         Ok(inherit) => inherit,
         Err(e) => {
-            eprintln!("spanvm member: no orders: {e}");
+            eprintln!("spanvm member-process: no orders: {e}");
             return 1;
         }
     };

@@ -24,7 +24,7 @@ pub struct AskError {
     pub reason: String,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Seat {
     id: MemberId,
     host: String,
@@ -36,7 +36,8 @@ type Answer = Result<MemberReply, String>;
 /// The members of a running VM.
 #[derive(Debug)]
 pub struct Crew {
-    seats: Vec<Seat>,
+    /// Members come and go. Held for a look-up only.
+    seats: Mutex<Vec<Seat>>,
     next: AtomicU64,
     /// Tasks under way. Held for a look-up only.
     open: Mutex<HashMap<u64, oneshot::Sender<Answer>>>,
@@ -49,7 +50,7 @@ impl Crew {
     pub fn new(seats: impl IntoIterator<Item = (MemberId, String, mpsc::Sender<ToMember>)>) -> Crew {
         let seats = seats.into_iter().map(|(id, host, orders)| Seat { id, host, orders });
         Crew {
-            seats: seats.collect(),
+            seats: Mutex::new(seats.collect()),
             next: AtomicU64::new(1),
             open: Mutex::default(),
             streams: Mutex::default(),
@@ -57,13 +58,26 @@ impl Crew {
     }
 
     /// All members.
-    pub fn members(&self) -> impl Iterator<Item = MemberId> + '_ {
-        self.seats.iter().map(|seat| seat.id)
+    pub fn members(&self) -> impl Iterator<Item = MemberId> + use<> {
+        self.seats().iter().map(|seat| seat.id).collect::<Vec<_>>().into_iter()
+    }
+
+    fn seats(&self) -> MutexGuard<'_, Vec<Seat>> {
+        self.seats.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn seat(&self, member: MemberId) -> Option<Seat> {
+        self.seats().iter().find(|seat| seat.id == member).cloned()
+    }
+
+    /// One leaves.
+    pub fn dismiss(&self, member: MemberId) {
+        self.seats().retain(|seat| seat.id != member);
     }
 
     /// `member 1 on hostB`.
     pub fn name(&self, member: MemberId) -> String {
-        let seat = self.seats.iter().find(|seat| seat.id == member);
+        let seat = self.seat(member);
         seat.map_or_else(|| member.to_string(), |seat| format!("{member} on {}", seat.host))
     }
 
@@ -98,9 +112,10 @@ impl Crew {
         limit: Duration,
         pieces: Option<mpsc::Sender<Vec<u8>>>,
     ) -> Result<MemberReply, AskError> {
-        let host = self.seats.iter().find(|s| s.id == member).map_or("?", |s| &s.host).to_string();
+        let seat = self.seat(member);
+        let host = seat.as_ref().map_or("?", |s| &s.host).to_string();
         let error = |reason: String| AskError { member, host, reason };
-        let Some(seat) = self.seats.iter().find(|seat| seat.id == member) else {
+        let Some(seat) = seat else {
             return Err(error("there is no such member".into()));
         };
         let id = self.next.fetch_add(1, Ordering::Relaxed);
@@ -172,7 +187,7 @@ impl Crew {
                 true => ask.await,
                 false => Err(AskError {
                     member,
-                    host: self.seats.iter().find(|s| s.id == member).map_or("?", |s| &s.host).to_string(),
+                    host: self.seat(member).map_or_else(|| "?".into(), |s| s.host),
                     reason: format!("nothing came for {:.0} s", stall.as_secs_f32()),
                 }),
             },
@@ -189,7 +204,7 @@ impl Crew {
     /// # Errors
     /// The first that failed. All have been heard, or were given up, by then.
     pub async fn ask_all(&self, task: &MemberTask, limit: Duration) -> Result<Vec<MemberReply>, AskError> {
-        let asks = self.seats.iter().map(|seat| self.ask(seat.id, task.clone(), limit));
+        let asks = self.members().map(|member| self.ask(member, task.clone(), limit));
         let answers = join_all(asks).await;
         answers.into_iter().collect()
     }

@@ -139,6 +139,30 @@ impl Shared {
         }
     }
 
+    /// Another table of members and homes holds.
+    pub fn tabled(&self, table: &dsm::node::Table) {
+        if let Some(roster) = self.ops.roster() {
+            self.ops.set_roster(super::ops::table::Roster { table: table.clone(), ..roster });
+        }
+        let mut picture = self.lock();
+        let grown = table.epoch.0.saturating_sub(picture.first_epoch);
+        picture.first_epoch = table.epoch.0;
+        let info = &mut picture.info;
+        info.epoch += grown;
+        for member in &mut info.members {
+            member.memory_home = table.memory.iter().filter(|r| r.home.0 == member.id).map(|r| r.len).sum();
+        }
+    }
+
+    /// A member has left.
+    pub fn left(&self, member: dsm::addr::MemberId) {
+        let mut picture = self.lock();
+        if let Some(at) = picture.info.members.iter().position(|m| m.id == member.0) {
+            picture.info.members.remove(at);
+            picture.counted.remove(at);
+        }
+    }
+
     /// The guest runs.
     pub fn running(&self) {
         let mut picture = self.lock();
@@ -170,10 +194,11 @@ impl Shared {
     /// A member's counters.
     pub fn counted(&self, id: u16, stats: MemberStats) {
         let mut picture = self.lock();
-        if let Some(member) = picture.info.members.get_mut(usize::from(id)) {
+        let Some(at) = picture.info.members.iter().position(|m| m.id == id) else { return };
+        if let Some(member) = picture.info.members.get_mut(at) {
             member.count(stats);
         }
-        if let Some(when) = picture.counted.get_mut(usize::from(id)) {
+        if let Some(when) = picture.counted.get_mut(at) {
             *when = Some(Instant::now());
         }
     }

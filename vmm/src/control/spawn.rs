@@ -1,4 +1,4 @@
-//! Child processes of the control plane: `spanvm member` with a socket as its standard input.
+//! Child processes of the control plane: `spanvm member-process` with a socket as its standard input.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -22,7 +22,7 @@ pub struct ChildProcess {
 }
 
 impl ChildProcess {
-    /// Starts `spanvm member`; returns it with our end of its socket. Its standard error is ours.
+    /// Starts `spanvm member-process`; returns it with our end of its socket. Its standard error is ours.
     ///
     /// The thread that spawns the child also waits for it: PR_SET_PDEATHSIG is about the parent's *thread*
     /// (prctl(2)), so that thread must live as long as the child.
@@ -36,7 +36,7 @@ impl ChildProcess {
         std::thread::Builder::new().name("child".into()).spawn(move || {
             let child = Command::new("/proc/self/exe")
                 .arg0("spanvm")
-                .arg("member")
+                .arg("member-process")
                 .stdin(Stdio::from(OwnedFd::from(theirs)))
                 .stdout(Stdio::null())
                 .spawn();

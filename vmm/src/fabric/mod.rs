@@ -108,6 +108,8 @@ pub struct Fabric {
     /// Messages from peers.
     pub received: AtomicU64,
     traffic: Traffic,
+    /// Peers that are no members (any more), one bit each: nothing goes to them, and that they go is no news.
+    strangers: AtomicU64,
 }
 
 /// Messages that can change the guest (all but clock samples and signs of life), for [`Fabric::traffic`].
@@ -149,6 +151,7 @@ impl Fabric {
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
             traffic: Traffic::default(),
+            strangers: AtomicU64::new(0),
         })
     }
 
@@ -192,12 +195,41 @@ impl Fabric {
 
     /// The other members.
     pub fn peers(&self) -> impl Iterator<Item = MemberId> + '_ {
-        self.links.iter().map(|l| l.peer)
+        self.links.iter().map(|l| l.peer).filter(|peer| !self.is_stranger(*peer))
+    }
+
+    fn is_stranger(&self, peer: MemberId) -> bool {
+        self.strangers.load(Ordering::SeqCst) >> (peer.0 % 64) & 1 != 0
+    }
+
+    /// Which peers are members from now on. To be said at all members, while the VM is paused.
+    pub fn set_members(&self, is_member: impl Fn(MemberId) -> bool) {
+        // To who is no member all are strangers.
+        let strangers =
+            self.links.iter().map(|l| l.peer).filter(|peer| !is_member(*peer) || !is_member(self.me));
+        let bits = strangers.fold(0, |bits, peer| bits | 1 << (peer.0 % 64));
+        self.strangers.store(bits, Ordering::SeqCst);
+        // Nothing is under way, at any member: all begin anew, or the sums would lack what a member that has left counted.
+        self.traffic.sent.store(0, Ordering::SeqCst);
+        self.traffic.done.store(0, Ordering::SeqCst);
+    }
+
+    /// Ends the link to a peer that is no member.
+    pub fn part(&self, peer: MemberId) {
+        if let Some(link) = self.links.iter().find(|l| l.peer == peer && self.is_stranger(peer)) {
+            link.set_leaving();
+            link.close();
+        }
+    }
+
+    /// The member after this one, in a ring of all.
+    pub fn next_member(&self) -> Option<MemberId> {
+        self.peers().filter(|peer| *peer > self.me).min().or_else(|| self.peers().min())
     }
 
     /// Sends to one member. A broken link is reported through the handler, not here.
     pub fn send(&self, to: MemberId, message: &Message) {
-        let Some(link) = self.links.iter().find(|l| l.peer == to) else { return };
+        let Some(link) = self.links.iter().find(|l| l.peer == to && !self.is_stranger(to)) else { return };
         self.sent.fetch_add(1, Ordering::Relaxed);
         if message.is_for_the_guest() {
             self.traffic.sent.fetch_add(1, Ordering::SeqCst);
@@ -336,7 +368,7 @@ impl Fabric {
     }
 
     fn lost<H: Handler>(&self, link: &Link, reason: String, handler: &H) {
-        let expected = link.is_leaving() || self.ending.load(Ordering::SeqCst);
+        let expected = link.is_leaving() || self.is_stranger(link.peer) || self.ending.load(Ordering::SeqCst);
         link.close();
         if !expected {
             handler.peer_lost(link.peer, reason);
@@ -389,6 +421,7 @@ impl Fabric {
             }),
             // Looked at by `receive_all`.
             Message::Heartbeat { .. } => {}
+            Message::Stop(_) if self.is_stranger(link.peer) => link.set_leaving(),
             Message::Stop(reason) => {
                 link.set_leaving();
                 handler.stopped(link.peer, reason);
@@ -411,7 +444,7 @@ impl Fabric {
             drop(woken);
             let broken = std::mem::take(&mut *self.broken.lock().unwrap_or_else(PoisonError::into_inner));
             for (peer, reason) in broken {
-                if !self.ending.load(Ordering::SeqCst) {
+                if !self.ending.load(Ordering::SeqCst) && !self.is_stranger(peer) {
                     handler.peer_lost(peer, reason);
                 }
             }

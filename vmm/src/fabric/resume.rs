@@ -90,7 +90,7 @@ impl Fabric {
     }
 
     fn is_over(&self, link: &Link) -> bool {
-        link.is_leaving() || self.ending.load(Ordering::SeqCst)
+        link.is_leaving() || self.is_stranger(link.peer) || self.ending.load(Ordering::SeqCst)
     }
 
     fn receive_all<H: Handler>(&self, link: &Link, handler: &H, inbox: &mut Inbox) -> End {

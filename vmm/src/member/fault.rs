@@ -1,7 +1,9 @@
 //! Faults on purpose, for tests over the real binary: `SPANVM_FAULT=MEMBER:STEP:ACTION[:N][,...]`, where the action is
-//! `refuse` (the step fails), `die` (the process ends) or `hang` (the step never ends), at the N-th time only if there is an N.
+//! `refuse` (the step fails), `die` (the process ends), `hang` (the step never ends) or `slow` (it takes two seconds more), at
+//! the N-th time only if there is an N.
 //! Without the variable this costs one load. Steps of a move: `expect`, `depart`, `arrive`, `restore`, `confirm`; of a
-//! checkpoint: `pause`, `quiet`, `save`, `capture`, `release`, `resume`.
+//! checkpoint: `pause`, `quiet`, `save`, `capture`, `release`, `resume`; of a drain: `entries`, `inherit`, `changeN` (table
+//! number N), `evict`, `part`.
 
 use dsm::addr::MemberId;
 use std::sync::OnceLock;
@@ -13,6 +15,7 @@ enum Action {
     Refuse,
     Die,
     Hang,
+    Slow,
 }
 
 #[derive(Debug)]
@@ -41,6 +44,7 @@ fn parse(text: &str) -> Vec<Fault> {
             "refuse" => Action::Refuse,
             "die" => Action::Die,
             "hang" => Action::Hang,
+            "slow" => Action::Slow,
             _ => return None,
         };
         let time = parts.next().map(str::parse).transpose().ok()?;
@@ -61,6 +65,10 @@ pub(super) fn at(me: MemberId, step: &str) -> Result<(), String> {
         None => Ok(()),
         Some(Action::Refuse) => Err(format!("a fault on purpose, at {step}")),
         Some(Action::Die) => std::process::abort(),
+        Some(Action::Slow) => {
+            std::thread::sleep(Duration::from_secs(2));
+            Ok(())
+        }
         Some(Action::Hang) => loop {
             std::thread::sleep(Duration::from_secs(3600));
         },

@@ -19,6 +19,7 @@ pub mod runtime;
 pub mod saved;
 pub mod stats;
 pub mod switchboard;
+pub mod table;
 pub mod task;
 pub mod travel;
 pub mod watch;

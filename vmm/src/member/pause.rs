@@ -157,6 +157,7 @@ impl Member {
                 self.resume(stopped).map_err(|e| words(&e))?;
                 Ok(MemberReply::Done)
             }
+            MemberTask::Table(task) => Ok(MemberReply::Table(self.table_task(task)?)),
             task => self.checkpoint_task(task),
         }
     }

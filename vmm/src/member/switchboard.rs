@@ -147,8 +147,9 @@ impl Switchboard {
         if self.handles.iter().any(|v| v.deliver(message) == Delivery::Taken) {
             return (1, 0);
         }
-        if self.members > 1 && hops + 1 < self.members.saturating_mul(ROUNDS) {
-            let next = MemberId((self.me.0 + 1) % self.members);
+        if let Some(next) =
+            self.fabric.next_member().filter(|_| hops + 1 < self.members.saturating_mul(ROUNDS))
+        {
             let group = VcpuGroup::default();
             self.fabric.send(next, &Message::Interrupt { message: *message, group, hops: hops + 1 });
             return (0, 1);

@@ -1,6 +1,7 @@
 //! What the coordinator asks of a running member. Each task is answered, in bounded time.
 
 use super::saved::{MemberState, PagesSaved, SaveRequest};
+use super::table::{TableReply, TableTask};
 use super::travel::Departed;
 use dsm::addr::MemberId;
 use serde::{Deserialize, Serialize};
@@ -68,6 +69,8 @@ pub enum MemberTask {
     },
     /// See [`super::Member::prefetch`]. Answer: `Done`.
     Prefetch,
+    /// See [`super::Member::table_task`]. Answer: `Table`.
+    Table(TableTask),
     /// See [`super::Member::resume`]. Answer: `Done`.
     Resume {
         /// Ticks for which the VM has been paused in all, since its start.
@@ -102,4 +105,6 @@ pub enum MemberReply {
     },
     /// The members' common clock, in the guest's ticks.
     Clock(u64),
+    /// See [`super::Member::table_task`].
+    Table(TableReply),
 }

@@ -149,7 +149,7 @@ pub fn finish(mut child: Child, seconds: u64) -> Output {
     child.wait_with_output().unwrap()
 }
 
-/// Processes of `spanvm member` whose environment names this runtime directory.
+/// Processes of `spanvm member-process` whose environment names this runtime directory.
 pub fn processes_with(runtime: &Path) -> Vec<(u32, String)> {
     let needle = format!("SPANVM_RUNTIME_DIR={}", runtime.display());
     let mut found = Vec::new();
@@ -160,7 +160,9 @@ pub fn processes_with(runtime: &Path) -> Vec<(u32, String)> {
         let environ = fs::read(entry.path().join("environ")).unwrap_or_default();
         let cmdline = fs::read(entry.path().join("cmdline")).unwrap_or_default();
         let cmdline = String::from_utf8_lossy(&cmdline).replace('\0', " ");
-        if environ.split(|b| *b == 0).any(|var| var == needle.as_bytes()) && cmdline.contains(" member") {
+        if environ.split(|b| *b == 0).any(|var| var == needle.as_bytes())
+            && cmdline.contains(" member-process")
+        {
             found.push((pid, cmdline));
         }
     }

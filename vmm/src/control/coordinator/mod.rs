@@ -15,6 +15,7 @@ use super::codec::{self, CodecError};
 use super::end::End;
 use super::host::Host;
 use super::member_task::{STOP_DEADLINE, Slot};
+use super::ops::drain::Farewell;
 use super::recovery::{self, Record, Recorder};
 use super::restore::{self, Opened, RestoreOrder};
 use super::shared::Shared;
@@ -47,7 +48,7 @@ pub trait Spawner: Send + Sync + 'static {
     fn spawn(&self) -> io::Result<(Box<dyn Stream>, Option<ChildProcess>)>;
 }
 
-/// Spawns `spanvm member`.
+/// Spawns `spanvm member-process`.
 #[derive(Clone, Copy, Debug)]
 pub struct Processes;
 
@@ -92,6 +93,10 @@ struct Coordinator {
     inbox: mpsc::Receiver<Inbound>,
     inbox_tx: mpsc::Sender<Inbound>,
     counts: mpsc::Receiver<oneshot::Sender<()>>,
+    /// Members that leave, as long as the VM runs.
+    farewells: mpsc::Receiver<Farewell>,
+    /// Those that have nothing any more and have not ended yet.
+    leaving: Vec<(Link, Option<oneshot::Sender<()>>)>,
 }
 
 /// The sending side of the launcher's connection; what is said after it has gone is lost, as it should be.
@@ -230,6 +235,8 @@ async fn launched(
     };
     let ear = Ear::new(read, shared.clone());
     shared.ops().record(recorder(&around.root, &spec));
+    let (office, farewells) = mpsc::channel(4);
+    shared.ops().open_office(office);
     super::child::on_termination({
         let shared = Arc::downgrade(&shared);
         move || {
@@ -249,6 +256,8 @@ async fn launched(
         launcher: launcher.clone(),
         links: Vec::new(),
         gone: Vec::new(),
+        farewells,
+        leaving: Vec::new(),
         inbox,
         inbox_tx,
         counts,
@@ -308,6 +317,7 @@ impl Coordinator {
 
     /// Ends the guest on every member, then their processes.
     async fn finish(&mut self, end: &End) {
+        self.links.extend(self.leaving.drain(..).map(|(link, _)| link));
         for link in &self.links {
             link.order(super::wire::ToMember::Stop { reason: end.to_string() });
         }

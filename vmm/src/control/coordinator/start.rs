@@ -9,6 +9,7 @@ use crate::control::codec::{self, Json};
 use crate::control::crew::Crew;
 use crate::control::end::End;
 use crate::control::ops::checkpoint::Blueprint;
+use crate::control::ops::table::Roster;
 use crate::control::ops::{OpError, Turn, pause};
 use crate::control::restore::{self, Identity, Machine, Opened};
 use crate::control::rtt;
@@ -20,6 +21,7 @@ use crate::devices::DeviceSpec;
 use crate::member::{BootImages, HostFacts, MemberPlan, MemberTask, Origin, PageTuning};
 use crate::topology::Topology;
 use dsm::addr::MemberId;
+use dsm::node::Table;
 use migration::checkpoint::Range;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
@@ -67,6 +69,9 @@ impl Coordinator {
         }
         let topology = self.topology(&ready);
         self.shared.placed(&topology);
+        let members = topology.members.iter().map(|m| m.id).collect();
+        let table = Table { epoch: topology.epoch, memory: topology.memory.clone(), members };
+        self.shared.ops().set_roster(Roster { table, devices: self.devices() });
         for link in &self.links {
             let plan = MemberPlan {
                 vm: self.spec.name.clone(),

@@ -1,11 +1,14 @@
 //! While the guest runs: heartbeats, counters, events, and which of many symptoms is the cause.
 
 use super::Coordinator;
+use super::link::Link;
 use crate::control::codec::{CodecError, Json};
 use crate::control::end::End;
+use crate::control::ops::drain::Farewell;
 use crate::control::wire::{FromMember, ToMember};
 use crate::member::{MemberEvent, VmExit};
 use dsm::addr::MemberId;
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
@@ -13,6 +16,8 @@ use tokio::sync::oneshot;
 pub const SILENCE: Duration = Duration::from_secs(20);
 /// How often members report.
 const TICK: Duration = Duration::from_secs(1);
+/// Longest wait for the process of a member that has left.
+const FAREWELL: Duration = Duration::from_secs(5);
 /// When one thing goes wrong, others follow: so long to hear of the first cause.
 const SETTLE: Duration = Duration::from_millis(400);
 
@@ -36,23 +41,25 @@ enum Rank {
 impl Coordinator {
     /// Watches until the VM is over.
     pub(super) async fn watch(&mut self) -> End {
-        let mut heard: Vec<Instant> = self.links.iter().map(|_| Instant::now()).collect();
-        let mut answered: Vec<u64> = self.links.iter().map(|_| 0).collect();
+        let mut heard: BTreeMap<MemberId, Instant> =
+            self.links.iter().map(|link| (link.id, Instant::now())).collect();
+        let mut answered: BTreeMap<MemberId, u64> = self.links.iter().map(|link| (link.id, 0)).collect();
         let mut waiting: Vec<(u64, oneshot::Sender<()>)> = Vec::new();
         let mut asked = 0;
         let mut tick = tokio::time::interval(TICK);
         loop {
             tokio::select! {
                 Some((id, message)) = self.inbox.recv() => {
-                    if let Some(heard) = heard.get_mut(usize::from(id.0)) {
+                    if let Some(heard) = heard.get_mut(&id) {
                         *heard = Instant::now();
                     }
+                    let Some(message) = self.of_member(id, message) else { continue };
                     if let Ok(FromMember::Report { id: question, stats: Json(stats) }) = message {
                         self.shared.counted(id.0, *stats);
-                        if let Some(answered) = answered.get_mut(usize::from(id.0)) {
+                        if let Some(answered) = answered.get_mut(&id) {
                             *answered = question;
                         }
-                        let all = answered.iter().min().copied().unwrap_or(0);
+                        let all = answered.values().min().copied().unwrap_or(0);
                         let (done, open): (Vec<_>, Vec<_>) =
                             waiting.into_iter().partition(|(question, _)| *question <= all);
                         waiting = open;
@@ -64,7 +71,7 @@ impl Coordinator {
                             Some(crew) => crew.piece(task, bytes).await,
                             None => false,
                         };
-                        if let Some(link) = self.links.get(usize::from(id.0)).filter(|_| !wanted) {
+                        if let Some(link) = self.link(id).filter(|_| !wanted) {
                             link.order(ToMember::Cancel { id: task });
                         }
                     } else if let Ok(FromMember::TaskDone { id: task, result }) = message {
@@ -81,6 +88,14 @@ impl Coordinator {
                     }
                     self.ask(&mut asked);
                 }
+                Some(farewell) = self.farewells.recv() => match farewell {
+                    Farewell::Excuse(id) => {
+                        heard.remove(&id);
+                        answered.remove(&id);
+                        self.excuse(id);
+                    }
+                    Farewell::Dismiss(id, done) => self.dismiss(id, done),
+                },
                 Some(done) = self.counts.recv() => {
                     self.ask(&mut asked);
                     waiting.push((asked, done));
@@ -96,9 +111,55 @@ impl Coordinator {
         }
     }
 
-    fn silent(&self, heard: &[Instant]) -> Option<End> {
+    fn link(&self, id: MemberId) -> Option<&Link> {
+        self.links.iter().find(|link| link.id == id)
+    }
+
+    /// This member has nothing any more.
+    fn excuse(&mut self, id: MemberId) {
+        if let Some(at) = self.links.iter().position(|link| link.id == id) {
+            let link = self.links.remove(at);
+            self.leaving.push((link, None));
+        }
+    }
+
+    /// It is to end; `done` hears when it has.
+    fn dismiss(&mut self, id: MemberId, done: oneshot::Sender<()>) {
+        match self.leaving.iter_mut().find(|(link, _)| link.id == id) {
+            Some((link, tell)) => {
+                link.order(ToMember::Stop { reason: "it has been drained".into() });
+                *tell = Some(done);
+            }
+            // It has ended before it was told to.
+            None => drop(done.send(())),
+        }
+    }
+
+    /// What a member says; of one that leaves only its answers and its end count.
+    fn of_member(
+        &mut self,
+        id: MemberId,
+        message: Result<FromMember, CodecError>,
+    ) -> Option<Result<FromMember, CodecError>> {
+        let Some(at) = self.leaving.iter().position(|(link, _)| link.id == id) else { return Some(message) };
+        if is_last(&message) {
+            let (link, done) = self.leaving.remove(at);
+            tokio::spawn(async move {
+                link.finish(FAREWELL).await;
+                if let Some(done) = done {
+                    let _ = done.send(());
+                }
+            });
+            self.gone.push(id);
+            return None;
+        }
+        Some(message).filter(|message| matches!(message, Ok(FromMember::TaskDone { .. })))
+    }
+
+    fn silent(&self, heard: &BTreeMap<MemberId, Instant>) -> Option<End> {
         let limit = self.patience();
-        let (link, _) = self.links.iter().zip(heard).find(|(_, heard)| heard.elapsed() > limit)?;
+        let is_silent = |link: &&Link| heard.get(&link.id).is_some_and(|heard| heard.elapsed() > limit);
+        let link = self.links.iter().find(is_silent)?;
         Some(End::MemberLost {
             member: link.id,
             host: link.host.clone(),
@@ -159,7 +220,7 @@ impl Coordinator {
         let named = |reason: String| format!("{id} on {host}: {reason}");
         Some(match message {
             Err(e) => {
-                let epitaph = match self.links.get(usize::from(id.0)) {
+                let epitaph = match self.link(id) {
                     Some(link) => link.epitaph().await,
                     None => None,
                 };
@@ -202,7 +263,7 @@ impl Coordinator {
     }
 
     fn host_of(&self, id: MemberId) -> String {
-        self.links.get(usize::from(id.0)).map_or_else(|| "?".into(), |link| link.host.clone())
+        self.link(id).map_or_else(|| "?".into(), |link| link.host.clone())
     }
 }
 

@@ -1,19 +1,22 @@
-//! What can be done to a running VM as a whole, one thing at a time: [`pause`], [`moves`].
+//! What can be done to a running VM as a whole, one thing at a time: [`pause`], [`moves`], [`drain`].
 //!
 //! An operation takes its [`Turn`] first; while one is under way all others are refused with its name, so none ever
 //! sees another half done. Operations run as tasks of their own: a client that goes away does not leave one half done.
 
 pub mod checkpoint;
+pub mod drain;
 pub mod moves;
 pub mod pause;
+pub mod table;
 
 use super::crew::{AskError, Crew};
 use super::recovery::Recorder;
 use super::restore::Identity;
 use super::shared::Shared;
 use crate::member::MemberReply;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use tokio::sync::mpsc;
 
 /// Why an operation was not done.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -52,6 +55,11 @@ pub struct Ops {
     blueprint: OnceLock<checkpoint::Blueprint>,
     identity: Mutex<Identity>,
     recorder: Mutex<Option<Recorder>>,
+    roster: Mutex<Option<table::Roster>>,
+    progress: Mutex<drain::Progress>,
+    /// Somebody wants an operation on members undone.
+    cancelled: AtomicBool,
+    office: OnceLock<mpsc::Sender<drain::Farewell>>,
 }
 
 impl Ops {
@@ -64,6 +72,64 @@ impl Ops {
     /// The members; none while the VM starts.
     pub fn crew(&self) -> Option<&Crew> {
         self.crew.get()
+    }
+
+    /// Where the coordinator hears who leaves.
+    pub fn open_office(&self, office: mpsc::Sender<drain::Farewell>) {
+        // Once, at the start.
+        let _ = self.office.set(office);
+    }
+
+    async fn tell_office(&self, farewell: drain::Farewell) {
+        if let Some(office) = self.office.get() {
+            // A coordinator that does not listen any more ends the VM.
+            let _ = office.send(farewell).await;
+        }
+    }
+
+    /// Who is in the VM; `None` while it starts.
+    pub fn roster(&self) -> Option<table::Roster> {
+        self.roster.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Who is in the VM from now on.
+    pub fn set_roster(&self, roster: table::Roster) {
+        *self.roster.lock().unwrap_or_else(PoisonError::into_inner) = Some(roster);
+    }
+
+    /// How far an operation on members is.
+    pub fn progress_now(&self) -> drain::Progress {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn progress(&self, change: impl FnOnce(&mut drain::Progress)) {
+        change(&mut self.progress.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn begin_progress(&self, what: String) {
+        self.cancelled.store(false, Ordering::SeqCst);
+        self.progress(|p| *p = drain::Progress { what, ..drain::Progress::default() });
+    }
+
+    fn end_progress(&self) {
+        self.progress(|p| *p = drain::Progress::default());
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::SeqCst)
+    }
+
+    /// Undoes the operation on members that is under way, as soon as it can. Returns which.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn cancel(&self) -> Result<String, OpError> {
+        let what = self.progress_now().what;
+        if what.is_empty() {
+            return Err(OpError::Refused("no drain is under way".into()));
+        }
+        self.cancelled.store(true, Ordering::SeqCst);
+        Ok(what)
     }
 
     fn turn(&self) -> MutexGuard<'_, Option<String>> {

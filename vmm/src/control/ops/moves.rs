@@ -131,7 +131,8 @@ fn check(turn: &Turn, vcpus: &[u32], to: MemberId) -> Result<BTreeMap<MemberId, 
         return not_found("no vCPU is named".into());
     }
     if !info.members.iter().any(|m| m.id == to.0) {
-        return not_found(format!("there is no {to}; the members are 0 to {}", info.members.len() - 1));
+        let members: Vec<String> = info.members.iter().map(|m| m.id.to_string()).collect();
+        return not_found(format!("there is no {to}; the members are {}", members.join(", ")));
     }
     let mut sources: BTreeMap<MemberId, Vec<u32>> = BTreeMap::new();
     for (n, vcpu) in vcpus.iter().enumerate() {
