@@ -191,7 +191,7 @@ pub fn run(
         is_awake &= awake.is_some_and(|awake| awake.is_on());
         progress(n + 1, opts.runs);
     }
-    Ok(FaultReport { is_pinned: opts.tuning.is_pinned, is_awake, ..report(&runs) })
+    Ok(report(&runs, opts.tuning.is_pinned, is_awake))
 }
 
 /// Times one access to the first word of every page, here and there: neighbours would come along.
@@ -213,7 +213,7 @@ pub(super) fn touch(group: &Group, first: u64, bytes: u64, write: bool) -> Sampl
     samples
 }
 
-fn report(runs: &[Run]) -> FaultReport {
+fn report(runs: &[Run], is_pinned: bool, is_awake: bool) -> FaultReport {
     let middle = |f: &dyn Fn(&Run) -> f64| median(&mut runs.iter().map(f).collect::<Vec<_>>());
     let cost =
         |n: usize| Cost { p50_us: middle(&|r| r.costs[n].p50_us), p99_us: middle(&|r| r.costs[n].p99_us) };
@@ -232,7 +232,7 @@ fn report(runs: &[Run]) -> FaultReport {
             write: middle(&|r| r.ratios[1]),
             upgrade: middle(&|r| r.ratios[2]),
         },
-        is_pinned: false,
-        is_awake: false,
+        is_pinned,
+        is_awake,
     }
 }
