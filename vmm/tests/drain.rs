@@ -4,7 +4,7 @@
 
 mod lab;
 
-use lab::loops::{beats, launch};
+use lab::loops::{beats, launch, stop};
 use lab::{Lab, check, finish, guest};
 use serde_json::Value;
 use std::process::{Output, Stdio};
@@ -32,11 +32,6 @@ fn members(lab: &Lab) -> Vec<(u64, u64)> {
 
 fn ids(lab: &Lab) -> Vec<u64> {
     members(lab).into_iter().map(|(id, _)| id).collect()
-}
-
-fn stop(lab: &Lab) {
-    ok(&lab.run(&["stop", "t"]), "stop");
-    lab.nothing_runs();
 }
 
 #[test]

@@ -4,6 +4,7 @@
 
 mod lab;
 
+use lab::loops::stop;
 use lab::{Lab, check, finish, guest};
 use serde_json::Value;
 use std::process::Stdio;
@@ -35,11 +36,6 @@ fn console(lab: &Lab, line: &str) -> String {
 fn info(lab: &Lab) -> Option<Value> {
     let output = lab.run(&["info", "t", "--json"]);
     output.status.success().then(|| serde_json::from_slice(&output.stdout).unwrap())
-}
-
-fn stop(lab: &Lab) {
-    check_ok(&lab.run(&["stop", "t"]), "stop");
-    lab.nothing_runs();
 }
 
 fn check_ok(output: &std::process::Output, what: &str) {

@@ -3,19 +3,13 @@
 
 mod lab;
 
-use lab::loops::{beats, beats_at, checkpoint, info, is_over, kill, kill_all, launch, pid, restore};
+use lab::loops::{beats, beats_at, checkpoint, info, is_over, kill, kill_all, launch, pid, restore, stop};
 use lab::{Lab, check, guest};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 const LOOP: &str = "pages=40 shared=1";
 const STEPS: [&str; 6] = ["pause", "quiet", "save", "capture", "release", "resume"];
-
-fn stop(lab: &Lab) {
-    let output = lab.run(&["stop", "t"]);
-    assert!(output.status.success(), "{output:?}");
-    lab.nothing_runs();
-}
 
 #[test]
 fn a_vm_that_lost_a_member_goes_on_from_its_newest_checkpoint() {

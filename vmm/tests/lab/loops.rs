@@ -81,6 +81,13 @@ pub fn restore(lab: &Lab, members: u16) {
     assert_eq!(output.status.code(), Some(0), "{output:?}");
 }
 
+/// Stops the VM; nothing of it is left.
+pub fn stop(lab: &Lab) {
+    let output = lab.run(&["stop", "t"]);
+    assert!(output.status.success(), "{output:?}");
+    lab.nothing_runs();
+}
+
 pub fn info(lab: &Lab) -> Option<Value> {
     let output = lab.run(&["info", "t", "--json"]);
     output.status.success().then(|| serde_json::from_slice(&output.stdout).unwrap())
