@@ -1,6 +1,7 @@
 //! `spanvm bench`: the command line of the benchmark libraries.
 
 use super::output;
+use crate::bench::checkpoint::{self, CheckpointOptions};
 use crate::bench::migrate::{self, MigrateOptions};
 use crate::control::end::End;
 use crate::control::host::chain;
@@ -41,6 +42,8 @@ pub enum Bench {
     Contend(ContendArgs),
     /// How long the guest is without a vCPU that moves. Needs KVM.
     Migrate(MigrateArgs),
+    /// What a checkpoint costs: time on disk, and for how long the guest stands still. Needs KVM.
+    Checkpoint(CheckpointArgs),
     /// A member process of a benchmark.
     #[command(hide = true)]
     Peer(PeerArgs),
@@ -147,6 +150,26 @@ pub struct MigrateArgs {
     pub moves: u32,
 }
 
+/// Flags of `bench checkpoint`.
+#[derive(Args, Debug)]
+pub struct CheckpointArgs {
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// Data of the guest, MiB; one with a quarter of it is measured as well.
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(4..=2048))]
+    pub mib: u32,
+    /// Data that changes all the time, MiB.
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub dirty_mib: u32,
+    /// Checkpoints of each kind.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub runs: u32,
+    /// Folder on the disk to measure.
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    pub dir: PathBuf,
+}
+
 /// Flags of `bench peer`.
 #[derive(Args, Debug)]
 pub struct PeerArgs {
@@ -197,6 +220,17 @@ pub fn run(args: &BenchArgs) -> Result<u8, End> {
         Bench::Migrate(args) => {
             let report = migrate::run(MigrateOptions { moves: args.moves }, progress("migrate"))
                 .map_err(|e| End::Failed(chain(&e)))?;
+            print(&report, args.json)?;
+        }
+        Bench::Checkpoint(args) => {
+            let options = CheckpointOptions {
+                mib: args.mib,
+                dirty_mib: args.dirty_mib,
+                runs: args.runs,
+                dir: args.dir.clone(),
+            };
+            let report =
+                checkpoint::run(&options, progress("checkpoint")).map_err(|e| End::Failed(chain(&e)))?;
             print(&report, args.json)?;
         }
         Bench::Peer(args) => dsm::bench::peer_main(args.addr).map_err(failed)?,

@@ -42,6 +42,9 @@ pub struct CheckpointArgs {
     /// End after so many checkpoints.
     #[arg(long, value_name = "N", requires = "every", value_parser = clap::value_parser!(u32).range(1..))]
     pub count: Option<u32>,
+    /// Longest time for each step while the guest stands still; one that takes longer fails, and the guest goes on.
+    #[arg(long, value_name = "SECONDS", default_value_t = 5.0, value_parser = super::ops::seconds)]
+    pub limit: f64,
     /// Print JSON, a line for each checkpoint.
     #[arg(long)]
     pub json: bool,
@@ -59,7 +62,13 @@ pub async fn checkpoint(args: CheckpointArgs) -> Result<u8, End> {
             .map_err(|e| End::BadInput(format!("--to {}: {e}", args.to.display())))?
     };
     let client = VmClient::new(args.place.place()?, &args.vm);
-    let body = CheckpointBody { to, full: args.full, stop: args.stop, by: "spanvm checkpoint".into() };
+    let body = CheckpointBody {
+        to,
+        full: args.full,
+        stop: args.stop,
+        by: "spanvm checkpoint".into(),
+        limit_s: Some(args.limit),
+    };
     let mut made = 0;
     loop {
         let start = Instant::now();

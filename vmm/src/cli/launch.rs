@@ -67,8 +67,9 @@ pub struct LaunchArgs {
     /// all [default: 30].
     #[arg(long, value_name = "SECONDS", allow_negative_numbers = true)]
     pub reconnect: Option<i64>,
-    /// When a member is lost: end the VM, or restore its newest checkpoint on the hosts that answer [default: end].
-    #[arg(long, value_name = "end|restore")]
+    /// When a member of a VM that has a checkpoint is lost: keep the VM paused until `spanvm recover`, end it, or restore
+    /// the checkpoint on the hosts that answer [default: pause].
+    #[arg(long, value_name = "pause|end|restore")]
     pub on_member_loss: Option<String>,
     /// How it is to start.
     #[command(flatten)]

@@ -65,10 +65,11 @@ pub fn resolve(keys: LaunchKeys) -> Result<VmSpec, ConfigError> {
         secret_file: keys.secret_file,
         start_timeout: start_timeout(keys.start_timeout)?,
         on_member_loss: match keys.on_member_loss.as_deref() {
-            None | Some("end") => OnMemberLoss::End,
+            None | Some("pause") => OnMemberLoss::Pause,
+            Some("end") => OnMemberLoss::End,
             Some("restore") => OnMemberLoss::Restore,
             Some(other) => {
-                let (problem, hint) = ("is not known", "give end or restore");
+                let (problem, hint) = ("is not known", "give pause, end or restore");
                 return Err(ConfigError::value("on_member_loss", other, problem, hint));
             }
         },

@@ -123,8 +123,10 @@ pub struct VmSpec {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OnMemberLoss {
-    /// The VM is over; `spanvm recover` brings it back.
+    /// With a checkpoint it stays paused, and says why, until `spanvm recover` brings it back; without one it is over.
     #[default]
+    Pause,
+    /// It is over; `spanvm recover` brings it back.
     End,
     /// It is restored from its newest checkpoint, on the hosts that answer.
     Restore,

@@ -13,6 +13,7 @@
 //! | `GET /vm/members/progress` | how far that is: [`super::ops::drain::Progress`] |
 //! | `POST /vm/members/cancel` | undoes it |
 //! | `POST /vm/checkpoint` | saves the VM; body [`CheckpointBody`] |
+//! | `POST /vm/recover` | a VM that is paused because it lost a member ends, for one that goes on from its checkpoint |
 //! | `POST /vm/stop` | ends the VM; body `{"by": "who", "force": false}` |
 //!
 //! Errors are `{"error": "..."}` with a fitting status. Who can open the socket can do all of it: the folder is
@@ -74,6 +75,7 @@ fn router(shared: Arc<Shared>) -> Router {
         .route("/vm/members/progress", get(members_progress))
         .route("/vm/members/cancel", post(cancel_members))
         .route("/vm/checkpoint", post(checkpoint_vm))
+        .route("/vm/recover", post(recover))
         .route("/vm/stop", post(stop))
         .fallback(|| async { Refusal(StatusCode::NOT_FOUND, "no such resource".into()) })
         .layer(DefaultBodyLimit::max(MAX_INPUT))
@@ -228,9 +230,10 @@ async fn cancel_members(State(shared): State<Arc<Shared>>) -> Result<Response, R
 
 async fn checkpoint_vm(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Response, Refusal> {
     let body: CheckpointBody = parse(&body)?;
+    let limit = limit(body.limit_s)?;
     let turn = Turn::take(&shared, "a checkpoint")?;
     operate(async move {
-        let report = checkpoint::checkpoint(&turn, &body).await?;
+        let report = checkpoint::checkpoint(&turn, &body, limit).await?;
         if body.stop {
             let by = if body.by.is_empty() { "the API" } else { &body.by };
             turn.shared().stop(End::Stopped { by: format!("{by}, after {}", report.folder.display()) });
@@ -238,6 +241,13 @@ async fn checkpoint_vm(State(shared): State<Arc<Shared>>, body: Bytes) -> Result
         Ok(report)
     })
     .await
+}
+
+async fn recover(State(shared): State<Arc<Shared>>) -> Result<Response, Refusal> {
+    if shared.make_way() {
+        return Ok((StatusCode::ACCEPTED, Json(serde_json::json!({ "stopping": true }))).into_response());
+    }
+    Err(Refusal(StatusCode::CONFLICT, "the VM has not lost a member".into()))
 }
 
 async fn stop(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Response, Refusal> {

@@ -4,7 +4,7 @@ use super::wire::ToMember;
 use crate::member::{MemberReply, MemberTask};
 use dsm::addr::MemberId;
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
@@ -43,6 +43,7 @@ pub struct Crew {
     open: Mutex<HashMap<u64, oneshot::Sender<Answer>>>,
     /// Where the pieces go that a task sends before its answer.
     streams: Mutex<HashMap<u64, mpsc::Sender<Vec<u8>>>>,
+    closed: AtomicBool,
 }
 
 impl Crew {
@@ -54,6 +55,7 @@ impl Crew {
             next: AtomicU64::new(1),
             open: Mutex::default(),
             streams: Mutex::default(),
+            closed: AtomicBool::new(false),
         }
     }
 
@@ -92,6 +94,13 @@ impl Crew {
         }
     }
 
+    /// The members are gone: nobody waits for them any longer.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        self.open().clear();
+        self.streams().clear();
+    }
+
     /// Asks one member. The member's own limit should be in the task; `limit` is when it counts as silent.
     ///
     /// # Errors
@@ -121,6 +130,9 @@ impl Crew {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (tell, told) = oneshot::channel();
         self.open().insert(id, tell);
+        if self.closed.load(Ordering::SeqCst) {
+            self.open().remove(&id);
+        }
         if let Some(pieces) = pieces {
             self.streams().insert(id, pieces);
         }

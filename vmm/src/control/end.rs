@@ -108,10 +108,9 @@ impl fmt::Display for End {
                 if registers.is_empty() { Ok(()) } else { write!(f, "\n{registers}") }
             }
             End::Stopped { by } => write!(f, "stopped: {by}"),
-            End::MemberLost { member, host, reason } => write!(
-                f,
-                "{member} on {host} is lost: {reason}; the pages that only it had are gone, so the VM was ended"
-            ),
+            End::MemberLost { member, host, reason } => {
+                write!(f, "{member} on {host} is lost, and with it the pages that only it had: {reason}")
+            }
             End::HostRefused { host, reason } => write!(f, "{host} can't be a member: {reason}"),
             End::Unreachable { host, reason } => write!(f, "{host}: {reason}"),
             End::BadInput(what) | End::Failed(what) => f.write_str(what),

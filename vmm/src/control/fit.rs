@@ -85,6 +85,7 @@ pub(crate) mod tests {
             page_walks_write: true,
             cpus: 2,
             memory_mib: 1024,
+            swap_mib: 0,
             max_vcpus: 64,
             tsc_khz: 2_000_000,
             tsc_scaling: false,

@@ -207,6 +207,12 @@ async fn follow(
                     }
                     return Launched::Ended(end);
                 }
+                Some(Ok(FromCoordinator::Paused(end))) => {
+                    if let Some(child) = child {
+                        child.release();
+                    }
+                    return Launched::Ended(end);
+                }
                 Some(Err(e)) => return Launched::Ended(coordinator_died(spec, child, &e).await),
                 None => return Launched::Ended(lost(spec, &CodecError::Closed)),
             },

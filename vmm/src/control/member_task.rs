@@ -21,8 +21,9 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
 
-/// Longest time that ending the guest on this member may take before its process ends anyway.
-pub const STOP_DEADLINE: Duration = Duration::from_secs(10);
+/// Longest time that ending the guest on this member may take before its process ends anyway. Unit tests have guests that
+/// stop at once or never.
+pub const STOP_DEADLINE: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 10 });
 
 /// Where a member in the coordinator's own process leaves itself for the coordinator to load and look at.
 pub type Slot = Arc<OnceLock<Arc<dyn Guest>>>;

@@ -6,7 +6,7 @@ use super::end::End;
 use super::node_client;
 use super::rundir::{self, RunDir, RunDirError};
 use super::secret::Secret;
-use super::view::VmSummary;
+use super::view::{VmStatus, VmSummary};
 use super::wire::NodeRequest;
 use crate::config::HostPort;
 use migration::checkpoint;
@@ -71,9 +71,17 @@ impl Record {
         }
     }
 
+    /// Folder of its newest checkpoint.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn newest(&self) -> Result<PathBuf, checkpoint::CheckpointError> {
+        checkpoint::newest(&self.dir)
+    }
+
     /// What to tell the user whose VM is gone.
     pub fn hint(&self) -> String {
-        match checkpoint::newest(&self.dir) {
+        match self.newest() {
             Ok(folder) => format!(
                 "its newest checkpoint is {}: `spanvm recover {}` goes on from there",
                 folder.display(),
@@ -112,8 +120,8 @@ pub async fn remaining(hosts: &[Option<HostPort>], secret: Option<&Secret>) -> V
     hosts.iter().zip(there).filter(|(_, there)| *there).map(|(host, _)| host.clone()).collect()
 }
 
-/// As [`RunDir::claim`], but waits for a process that holds the name and does not answer: it is most likely being ended
-/// by the kernel, which first takes down its memory.
+/// As [`RunDir::claim`], but waits for a VM that is ending, and for a process that holds the name and does not answer: it is
+/// most likely being ended by the kernel, which first takes down its memory.
 ///
 /// # Errors
 /// As [`RunDir::claim`].
@@ -132,7 +140,23 @@ pub async fn claim(root: &Path, vm: &str) -> Result<RunDir, RunDirError> {
 async fn is_alive(root: &Path, vm: &str) -> bool {
     let client = super::client::VmClient::new(super::client::Place::Here(root.to_path_buf()), vm);
     let asked = tokio::time::timeout(ANSWER, client.get::<VmSummary>("/vm/summary")).await;
-    matches!(asked, Ok(Ok(_)))
+    matches!(asked, Ok(Ok(vm)) if vm.status != VmStatus::Ending)
+}
+
+/// Asks a VM that is paused because it lost a member to end. Any other VM of that name says no, and keeps its name.
+pub async fn make_way(root: &Path, vm: &str) {
+    let client = super::client::VmClient::new(super::client::Place::Here(root.to_path_buf()), vm);
+    let since = Instant::now();
+    // It may be about to say that it is paused.
+    while since.elapsed() < DYING {
+        match client.get::<VmSummary>("/vm/summary").await {
+            Ok(vm) if vm.status == VmStatus::Ending => tokio::time::sleep(Duration::from_millis(50)).await,
+            _ => break,
+        }
+    }
+    if let Ok(Err(e)) = tokio::time::timeout(ANSWER, client.post("/vm/recover", "")).await {
+        tracing::info!("{e}");
+    }
 }
 
 /// Notes the checkpoints of a running VM.

@@ -41,6 +41,8 @@ struct Picture {
     /// Epoch of the topology at the start.
     first_epoch: u64,
     counted: Vec<Option<Instant>>,
+    /// A member is lost, and the VM stays paused: with this it ends when it makes way.
+    lost: Option<End>,
 }
 
 impl Shared {
@@ -87,7 +89,7 @@ impl Shared {
             members,
         };
         let counted = vec![None; info.members.len()];
-        let picture = Mutex::new(Picture { info, running_since: None, first_epoch: 0, counted });
+        let picture = Mutex::new(Picture { info, running_since: None, first_epoch: 0, counted, lost: None });
         Shared { picture, stops, counts, slot: OpaqueSlot(slot), ops: Ops::default() }
     }
 
@@ -177,11 +179,34 @@ impl Shared {
 
     /// The VM is paused, for this reason, or (`None`) no longer.
     pub fn paused(&self, reason: Option<String>) {
-        let info = &mut self.lock().info;
-        if matches!(info.status, VmStatus::Running | VmStatus::Paused) {
+        let mut picture = self.lock();
+        let is_lost = picture.lost.is_some();
+        let info = &mut picture.info;
+        if matches!(info.status, VmStatus::Running | VmStatus::Paused) && !is_lost {
             info.status = if reason.is_some() { VmStatus::Paused } else { VmStatus::Running };
             info.reason = reason;
         }
+    }
+
+    /// A member is lost: the VM is paused for good.
+    pub fn lost(&self, end: End) {
+        let mut picture = self.lock();
+        picture.info.status = VmStatus::Paused;
+        picture.info.reason = Some(end.to_string());
+        picture.lost = Some(end);
+    }
+
+    /// If a member is lost: which, why, and what can be done.
+    pub fn loss(&self) -> Option<String> {
+        self.lock().lost.as_ref().map(ToString::to_string)
+    }
+
+    /// A VM that has lost a member ends, for one that takes its place. False for all others.
+    pub fn make_way(&self) -> bool {
+        let Some(end) = self.lock().lost.clone() else { return false };
+        self.ending(&end);
+        self.stop(end);
+        true
     }
 
     /// The VM is being ended.
@@ -222,8 +247,9 @@ impl Shared {
     /// The picture with counters as fresh as the members can give them within two seconds.
     pub async fn fresh_info(&self) -> VmInfo {
         let (done, wait) = oneshot::channel();
-        let running = matches!(self.lock().info.status, VmStatus::Running | VmStatus::Paused);
-        if running && self.counts.try_send(done).is_ok() {
+        let runs =
+            matches!(self.lock().info.status, VmStatus::Running | VmStatus::Paused) && self.loss().is_none();
+        if runs && self.counts.try_send(done).is_ok() {
             let _ = tokio::time::timeout(FRESH, wait).await;
         }
         self.info()

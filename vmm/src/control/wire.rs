@@ -128,6 +128,8 @@ pub enum FromCoordinator {
     Console(#[serde(with = "super::codec::blob")] Vec<u8>),
     /// The last message.
     Ended(End),
+    /// The last message of a VM that lost a member: it stays paused, without the launcher.
+    Paused(End),
 }
 
 /// Coordinator to member.

@@ -59,6 +59,8 @@ pub struct HostFacts {
     pub cpus: u32,
     /// Physical memory in MiB.
     pub memory_mib: u64,
+    /// Swap space in MiB.
+    pub swap_mib: u64,
     /// Most vCPUs that KVM recommends for one VM.
     pub max_vcpus: u32,
     /// TSC frequency in kHz as KVM reports it.
@@ -109,9 +111,8 @@ impl HostFacts {
             nested_paging: modules.nested_paging,
             page_walks_write: modules.page_walks_write,
             cpus: u32::try_from(cpus).unwrap_or(u32::MAX),
-            memory_mib: field("/proc/meminfo", "MemTotal")
-                .and_then(|v| v.trim_end_matches(" kB").parse::<u64>().ok())
-                .map_or(0, |kib| kib / 1024),
+            memory_mib: mebibytes("MemTotal"),
+            swap_mib: mebibytes("SwapTotal"),
             max_vcpus: u32::try_from(kvm.get_max_vcpus()).unwrap_or(u32::MAX),
             tsc_khz,
             tsc_scaling: kvm.check_extension(Cap::TscControl),
@@ -119,6 +120,12 @@ impl HostFacts {
             cpuid,
         })
     }
+}
+
+/// A line of /proc/meminfo.
+fn mebibytes(what: &str) -> u64 {
+    let kib = field("/proc/meminfo", what).and_then(|v| v.trim_end_matches(" kB").parse::<u64>().ok());
+    kib.map_or(0, |kib| kib / 1024)
 }
 
 /// The host's TSC frequency in kHz as KVM sees it.

@@ -12,21 +12,12 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// A detached VM `t` with three CPUs that runs the loop, with faults on purpose.
 pub fn launch(lab: &Lab, kernel: &str, members: u16, cmdline: &str, more: &[&str], fault: &str) {
     let members = format!("--members={members}");
-    let cmdline = format!("cpus=3 test=loop deadline=300 {cmdline}");
-    let members =
-        if more.iter().any(|arg| arg.starts_with("--on=")) { Vec::new() } else { vec![members.as_str()] };
-    let args = [
-        "launch",
-        "--name=t",
-        "--cpus=3",
-        "--memory=64M",
-        "--detach",
-        "--kernel",
-        kernel,
-        "--cmdline",
-        &cmdline,
-    ];
-    let mut command = lab.command(&[&args[..], &members, more].concat());
+    let cmdline = format!("cpus=3 test=loop deadline=300 beat=100 {cmdline}");
+    let has = |flag: &str| more.iter().any(|arg| arg.starts_with(flag));
+    let members = if has("--on=") || has("--member=") { Vec::new() } else { vec![members.as_str()] };
+    let memory = if has("--memory=") { Vec::new() } else { vec!["--memory=64M"] };
+    let args = ["launch", "--name=t", "--cpus=3", "--detach", "--kernel", kernel, "--cmdline", &cmdline];
+    let mut command = lab.command(&[&args[..], &memory, &members, more].concat());
     let child = command.env("SPANVM_FAULT", fault).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
     let output = finish(child.unwrap(), 60);
     assert_eq!(output.status.code(), Some(0), "{output:?}");
@@ -63,7 +54,7 @@ pub fn beats_at(lab: &Lab, least: u64, place: &[&str]) -> u64 {
             let info = lab.run(&[&["info", "t", "--json"], place].concat());
             panic!("no heartbeat above {least}:\n{text}\n{}", String::from_utf8_lossy(&info.stdout));
         }
-        std::thread::sleep(Duration::from_millis(100));
+        std::thread::sleep(Duration::from_millis(50));
     }
 }
 
@@ -108,6 +99,19 @@ pub fn is_over(lab: &Lab) {
     let since = Instant::now();
     while lab.run(&["ps", "--json"]).stdout != b"[]\n" {
         assert!(since.elapsed() < PATIENCE, "the VM is still there");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Waits until the VM is paused; returns the reason.
+pub fn is_paused(lab: &Lab) -> String {
+    let since = Instant::now();
+    loop {
+        let now = info(lab).unwrap_or_default();
+        if now["status"] == "paused" {
+            return now["reason"].as_str().unwrap_or_default().to_owned();
+        }
+        assert!(since.elapsed() < PATIENCE, "not paused: {now}");
         std::thread::sleep(Duration::from_millis(50));
     }
 }

@@ -1,7 +1,7 @@
 //! `loop`: adds one to word 0 of each of `pages=` pages, in order, for `seconds=` or for ever. At any instant all values
 //! of a range are equal but for one step down, so whoever stops, moves or saves the guest can check its memory;
 //! the guest checks too. Each CPU has a range of its own; `shared=1` gives all one range, a pass each in turn. A heartbeat
-//! line comes every second.
+//! line comes every second, or every `beat=` milliseconds.
 
 use crate::console::Line;
 use crate::env::{Env, Failure, Page, bad};
@@ -12,6 +12,8 @@ use core::sync::atomic::Ordering;
 struct Plan {
     pages: u64,
     seconds: u64,
+    /// Microseconds between two heartbeats.
+    beat: u64,
     shared: bool,
 }
 
@@ -20,6 +22,7 @@ fn plan(env: &Env) -> Result<Plan, Failure> {
     Ok(Plan {
         pages: env.number("pages", 64, 1 << 22)?,
         seconds: number("seconds", 0, "seconds=")?,
+        beat: number("beat", 1000, "beat=")?.clamp(1, 1_000_000) * 1000,
         shared: number("shared", 0, "shared=")? != 0,
     })
 }
@@ -77,11 +80,12 @@ fn job(env: &Env, cpu: usize, area: &'static [Page]) -> Result<(), Failure> {
         smp::report(cpu, 0, passes);
         smp::report(cpu, 1, wrong);
         let us = env.us(machine::tsc().saturating_sub(start));
-        if cpu == 0 && us / 1_000_000 > beats {
-            beats = us / 1_000_000;
+        if cpu == 0 && us / plan.beat > beats {
+            beats = us / plan.beat;
+            let seconds = us / 1_000_000;
             let least = smp::reports(env, 0).min().unwrap_or(0);
             let wrong: u64 = smp::reports(env, 1).sum();
-            say!("BARE loop BEAT seconds={beats} passes={passes} least={least} wrong={wrong}");
+            say!("BARE loop BEAT seconds={seconds} passes={passes} least={least} wrong={wrong}");
         }
         if cpu == 0 && plan.seconds != 0 && us >= plan.seconds * 1_000_000 {
             stop.store(1, Ordering::SeqCst);

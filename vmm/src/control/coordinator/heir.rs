@@ -65,6 +65,11 @@ impl Ear {
         goes_on
     }
 
+    /// Nobody hears it any more.
+    pub async fn close(&self) {
+        self.0.lock().await.to = To::Nobody;
+    }
+
     /// A launcher that has gone without detaching wants no VM.
     async fn follow(&self, next: Box<dyn AsyncWrite + Send + Unpin>) {
         let mut state = self.0.lock().await;
@@ -153,7 +158,7 @@ pub(super) async fn restore(
     ear.follow(Box::new(write)).await;
     let end = loop {
         match codec::recv(&mut read).await {
-            Ok(FromCoordinator::Ended(end)) => break end,
+            Ok(FromCoordinator::Ended(end) | FromCoordinator::Paused(end)) => break end,
             Ok(message) => {
                 if matches!(message, FromCoordinator::Running { .. }) {
                     ear.running().await;

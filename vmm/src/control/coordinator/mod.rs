@@ -1,14 +1,15 @@
 //! The coordinator: member 0's process, which brings the members together, watches over them, and ends the VM
 //! everywhere when it is over. [`start`] is the way up, [`watch`] the time in between and what goes wrong,
-//! [`link`] a connection to a member, `heir` what comes after a member is lost.
+//! [`link`] a connection to a member; `lost` and `heir` are what comes after a member is lost.
 
 mod heir;
 pub mod link;
+mod lost;
 pub mod start;
 pub mod watch;
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use super::api;
 use super::codec::{self, CodecError};
@@ -192,6 +193,7 @@ async fn receive(
 
 /// Opens the checkpoint, and makes the VM of it that is wished for.
 async fn restore(wish: &VmSpec, order: RestoreOrder, console: bool, root: &Path) -> Result<Request, End> {
+    let recovers = order.dir.is_none();
     let dir = match order.dir {
         Some(dir) => dir,
         None => Record::read(root, &wish.name)?.dir,
@@ -199,6 +201,9 @@ async fn restore(wish: &VmSpec, order: RestoreOrder, console: bool, root: &Path)
     let opened = tokio::task::spawn_blocking(move || restore::open(&dir)).await;
     let opened = opened.map_err(|e| End::Failed(format!("internal error: {e}")))??;
     let spec = restore::respecify(&opened.manifest.machine.spec, wish, &order.hosts)?;
+    if recovers {
+        recovery::make_way(root, &wish.name).await;
+    }
     Ok(Request { spec, source: Source::Checkpoint(Box::new(opened)), console })
 }
 
@@ -276,6 +281,15 @@ async fn launched(
     ending.store(true, Ordering::Release);
     if let Some(pump) = pump {
         let _ = tokio::time::timeout(DRAIN, pump).await;
+    }
+    if let Some(lost) = lost::wanted(&end, &saved, &root) {
+        let end = lost::stay(lost, &shared, &mut stops, (launcher, &ear)).await;
+        api.abort();
+        rundir.keep_log();
+        if end.is_regular() {
+            recovery::forget(&root, &saved.name);
+        }
+        return end;
     }
     api.abort();
     if end.is_regular() {

@@ -68,6 +68,12 @@ impl Coordinator {
             (common.cpuid, common.tsc_khz) = (machine.cpuid.clone(), machine.tsc_khz);
         }
         let topology = self.topology(&ready);
+        if let Source::Checkpoint(opened) = &source {
+            let room =
+                |ready: &Ready| (ready.host.clone(), (ready.facts.memory_mib + ready.facts.swap_mib) << 20);
+            let hosts: Vec<_> = ready.iter().map(room).collect();
+            restore::check_memory(&opened.runs, &topology, &self.spec, &hosts)?;
+        }
         self.shared.placed(&topology);
         let members = topology.members.iter().map(|m| m.id).collect();
         let table = Table { epoch: topology.epoch, memory: topology.memory.clone(), members };

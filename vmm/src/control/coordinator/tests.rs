@@ -135,7 +135,7 @@ impl Guest for FakeGuest {
 
     fn stop(&self, _: &str) {
         if self.script.stop_hangs {
-            std::thread::sleep(member_task::STOP_DEADLINE + Duration::from_secs(3));
+            std::thread::sleep(member_task::STOP_DEADLINE + Duration::from_secs(2));
         }
     }
 
@@ -210,7 +210,7 @@ struct Vm {
     root: tempfile::TempDir,
 }
 
-fn spec(members: usize) -> VmSpec {
+pub(in crate::control) fn spec(members: usize) -> VmSpec {
     VmSpec {
         name: "t".into(),
         kernel: "/kernel".into(),

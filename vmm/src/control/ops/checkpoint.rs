@@ -36,13 +36,13 @@ use tokio::sync::mpsc;
 
 /// Links of a chain before it is made one full checkpoint.
 pub const CONSOLIDATE_AT: usize = 16;
-/// Longest time without a piece of a page file.
-const STALL: Duration = Duration::from_secs(15);
+/// Longest time without a piece of a page file, in limits.
+const STALL: u32 = 3;
 /// Pieces that wait for the disk, per member.
 const QUEUE: usize = 8;
 
 /// How a checkpoint is to be made.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct CheckpointBody {
     /// Folder of checkpoints, absolute, on the coordinator's host.
@@ -53,6 +53,8 @@ pub struct CheckpointBody {
     pub stop: bool,
     /// Who wants it.
     pub by: String,
+    /// Longest time for each step while the guest stands still, seconds; absent: [`pause::LIMIT`].
+    pub limit_s: Option<f64>,
 }
 
 /// How it went.
@@ -94,11 +96,16 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
     tokio::task::spawn_blocking(work).await.map_err(failed)
 }
 
-/// Makes a checkpoint. On an error the VM runs on (or stays paused, if it was), and the last checkpoint is whole.
+/// Makes a checkpoint; each step while the guest stands still may take `limit`. On an error the VM runs on (or stays
+/// paused, if it was), and the last checkpoint is whole.
 ///
 /// # Errors
 /// [`OpError`].
-pub async fn checkpoint(turn: &Turn, body: &CheckpointBody) -> Result<CheckpointReport, OpError> {
+pub async fn checkpoint(
+    turn: &Turn,
+    body: &CheckpointBody,
+    limit: Duration,
+) -> Result<CheckpointReport, OpError> {
     if !body.to.is_absolute() {
         return Err(OpError::NotFound(format!("{} is not an absolute path", body.to.display())));
     }
@@ -123,16 +130,16 @@ pub async fn checkpoint(turn: &Turn, body: &CheckpointBody) -> Result<Checkpoint
     ops.set_base(None);
     let since = Instant::now();
     if !was_paused {
-        pause::quiesce(turn, pause::LIMIT).await?;
+        pause::quiesce(turn, limit).await?;
     }
     let taken_ms =
         SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(0));
-    let cut = cut(turn, &draft, request).await;
+    let cut = cut(turn, &draft, request, limit).await;
     let tsc = pause::guest_time(turn);
     // A VM that is to end does not go on only to be stopped, unless there is no checkpoint.
     let is_over = body.stop && cut.is_ok();
     if !was_paused && !is_over {
-        go_on(turn).await?;
+        go_on(turn, limit).await?;
     }
     let pause_ms = since.elapsed().as_secs_f64() * 1e3;
     let (saved, members) = cut?;
@@ -154,11 +161,11 @@ pub async fn checkpoint(turn: &Turn, body: &CheckpointBody) -> Result<Checkpoint
         machine,
     };
     let finished = finish(store, draft, manifest).await;
-    let (folder, removed) = match finished {
+    let (folder, removed, safe) = match finished {
         Ok(done) => done,
         Err(e) => {
             if body.stop && !was_paused {
-                go_on(turn).await?;
+                go_on(turn, limit).await?;
             }
             return Err(e);
         }
@@ -173,16 +180,19 @@ pub async fn checkpoint(turn: &Turn, body: &CheckpointBody) -> Result<Checkpoint
         pages: saved.iter().map(|s| s.part.data_pages).sum(),
         bytes: saved.iter().map(|s| s.part.length).sum(),
         pause_ms,
-        total_ms: start.elapsed().as_secs_f64() * 1e3,
+        total_ms: safe.duration_since(start).as_secs_f64() * 1e3,
         removed,
         warnings,
     })
 }
 
 /// Lets the guest go on; if a member does not, the VM is paused, and says so.
-async fn go_on(turn: &Turn) -> Result<(), OpError> {
-    let gone_on = pause::release(turn, pause::LIMIT).await;
+async fn go_on(turn: &Turn, limit: Duration) -> Result<(), OpError> {
+    let gone_on = pause::release(turn, limit).await;
     if let Err(e) = &gone_on {
+        if let Some(reason) = turn.shared().loss() {
+            return Err(OpError::Failed(reason));
+        }
         turn.shared().paused(Some(format!("after a checkpoint it did not go on: {e}")));
         return Err(OpError::Failed(format!("{e}: the VM is paused, try `spanvm resume`")));
     }
@@ -211,24 +221,26 @@ fn open(root: &Path, identity: &Identity) -> Result<(Arc<Store>, Option<(String,
     Ok((store, name.filter(|_| is_base).map(|name| (name, found.id))))
 }
 
-/// Syncs, renames, and keeps the chain short.
+/// Syncs, renames, and keeps the chain short. Returns when the checkpoint was safe, too.
 async fn finish(
     store: Arc<Store>,
     draft: Draft,
     manifest: Manifest<Machine>,
-) -> Result<(PathBuf, Vec<String>), OpError> {
+) -> Result<(PathBuf, Vec<String>, Instant), OpError> {
     blocking(move || {
         let folder = draft.finish(&manifest)?;
+        let safe = Instant::now();
         // The checkpoint is safe; what follows is housekeeping, and is tried again next time.
         let tidy = || -> Result<(PathBuf, Vec<String>), CheckpointError> {
             let is_long = checkpoint::store::chain_length(store.root())? >= CONSOLIDATE_AT;
             let folder = if is_long { store.consolidate::<Machine>()? } else { folder.clone() };
             Ok((folder, store.prune()?))
         };
-        Ok(tidy().unwrap_or_else(|e| {
+        let (folder, removed) = tidy().unwrap_or_else(|e| {
             tracing::warn!("{e}");
             (folder.clone(), Vec::new())
-        }))
+        });
+        Ok((folder, removed, safe))
     })
     .await?
     .map_err(|e: CheckpointError| failed(e))
@@ -239,14 +251,15 @@ async fn cut(
     turn: &Turn,
     draft: &Draft,
     request: SaveRequest,
+    limit: Duration,
 ) -> Result<(Vec<PagesSaved>, Vec<MemberState>), OpError> {
     let crew = turn.crew()?;
     let result = async {
-        crew.ask_all(&MemberTask::QuietMemory { limit: pause::LIMIT }, pause::LIMIT + GRACE).await?;
+        pause::quiet_memory(turn, limit).await?;
         let members: Vec<MemberId> = crew.members().collect();
         let mut saves = Vec::new();
         for member in &members {
-            saves.push(save_part(crew, *member, draft, request));
+            saves.push(save_part(crew, *member, draft, request, limit * STALL));
         }
         let saved = crate::control::crew::join_all(saves).await.into_iter().collect::<Result<Vec<_>, _>>()?;
         let (answers_for, touched) =
@@ -257,21 +270,16 @@ async fn cut(
             )));
         }
         let mut states = Vec::new();
-        for reply in crew.ask_all(&MemberTask::Capture, pause::LIMIT + GRACE).await? {
+        for reply in crew.ask_all(&MemberTask::Capture, limit + GRACE).await? {
             let MemberReply::Captured(state) = reply else { return Err(super::odd(&reply)) };
             states.push(*state);
         }
         Ok((saved, states))
     }
     .await;
-    let mut released = crew.ask_all(&MemberTask::ReleaseMemory, GRACE).await;
-    if released.is_err() {
-        // Harmless where it worked.
-        released = crew.ask_all(&MemberTask::ReleaseMemory, GRACE).await;
-    }
-    let cut = result?;
-    released?;
-    Ok(cut)
+    // A member that does not answer is asked again before the VM goes on, and it does not go on without.
+    let _ = pause::free_memory(turn, GRACE).await;
+    result
 }
 
 /// One member's page file, from the member to the disk.
@@ -280,6 +288,7 @@ async fn save_part(
     member: MemberId,
     draft: &Draft,
     request: SaveRequest,
+    stall: Duration,
 ) -> Result<PagesSaved, OpError> {
     let mut sink = draft.part(u32::from(member.0)).map_err(failed)?;
     let (pieces, mut queue) = mpsc::channel::<Vec<u8>>(QUEUE);
@@ -289,7 +298,7 @@ async fn save_part(
         }
         Ok::<(), CheckpointError>(())
     });
-    let asked = crew.ask_for_pieces(member, MemberTask::SavePages(request), pieces, STALL).await;
+    let asked = crew.ask_for_pieces(member, MemberTask::SavePages(request), pieces, stall).await;
     // A disk that is full is the cause, a member that was told to stop the consequence.
     writer.await.map_err(failed)?.map_err(failed)?;
     match asked? {

@@ -201,6 +201,9 @@ impl Turn {
     /// [`OpError::Refused`].
     pub fn take(shared: &Arc<Shared>, what: impl Into<String>) -> Result<Turn, OpError> {
         use super::view::VmStatus;
+        if let Some(reason) = shared.loss() {
+            return Err(OpError::Refused(reason));
+        }
         match shared.info().status {
             VmStatus::Running | VmStatus::Paused => {}
             VmStatus::Starting => return Err(OpError::Refused("the VM is still starting".into())),

@@ -34,6 +34,8 @@ pub struct Pauses {
     now: Option<Paused>,
     /// Ticks of all pauses so far, this one not.
     stopped: u64,
+    /// The members were told to keep their pages where they are, and perhaps not all have heard that it is over.
+    is_quiet: bool,
 }
 
 /// A VM that is paused.
@@ -99,6 +101,9 @@ pub async fn quiesce(turn: &Turn, limit: Duration) -> Result<bool, OpError> {
             let stopped = turn.shared().ops().pauses().stopped;
             // Who does not answer now either is lost, which its silence will show.
             let gone = crew.ask_all(&MemberTask::Resume { stopped }, GRACE).await.err();
+            if let Some(reason) = turn.shared().loss() {
+                return Err(OpError::Failed(reason));
+            }
             let note = gone.map_or(String::new(), |e| format!("; and to go on: {e}"));
             return Err(OpError::Failed(format!("{e}: the VM runs on{note}")));
         }
@@ -146,7 +151,10 @@ async fn stop(turn: &Turn, limit: Duration) -> Result<Option<u64>, OpError> {
 pub async fn release(turn: &Turn, limit: Duration) -> Result<(), OpError> {
     let crew = turn.crew()?;
     let ops = turn.shared().ops();
-    let Pauses { now: Some(paused), stopped } = ops.pauses().clone() else { return Ok(()) };
+    let Pauses { now: Some(paused), stopped, is_quiet } = ops.pauses().clone() else { return Ok(()) };
+    if is_quiet {
+        free_memory(turn, limit).await?;
+    }
     let total = match (paused.resumes_with, paused.clock) {
         (Some(total), _) => total,
         (None, None) => stopped,
@@ -158,7 +166,27 @@ pub async fn release(turn: &Turn, limit: Duration) -> Result<(), OpError> {
     };
     ops.pauses().now = Some(Paused { resumes_with: Some(total), ..paused });
     crew.ask_all(&MemberTask::Resume { stopped: total }, limit).await?;
-    *ops.pauses() = Pauses { now: None, stopped: total };
+    *ops.pauses() = Pauses { now: None, stopped: total, is_quiet: false };
+    Ok(())
+}
+
+/// While the VM is paused: no page moves any more, until [`free_memory`] or [`release`].
+///
+/// # Errors
+/// A member could not do it.
+pub async fn quiet_memory(turn: &Turn, limit: Duration) -> Result<(), OpError> {
+    turn.shared().ops().pauses().is_quiet = true;
+    turn.crew()?.ask_all(&MemberTask::QuietMemory { limit }, limit + GRACE).await?;
+    Ok(())
+}
+
+/// Ends [`quiet_memory`]. What failed can be tried again, and [`release`] does.
+///
+/// # Errors
+/// A member did not answer, and is named.
+pub async fn free_memory(turn: &Turn, limit: Duration) -> Result<(), OpError> {
+    turn.crew()?.ask_all(&MemberTask::ReleaseMemory, limit).await?;
+    turn.shared().ops().pauses().is_quiet = false;
     Ok(())
 }
 
@@ -170,5 +198,6 @@ pub fn guest_time(turn: &Turn) -> Option<u64> {
 
 /// A VM that was restored begins as a paused one whose clock stands at `tsc`.
 pub fn begin_paused(ops: &super::Ops, tsc: Option<u64>) {
-    *ops.pauses() = Pauses { now: Some(Paused { clock: tsc, resumes_with: None }), stopped: 0 };
+    let now = Some(Paused { clock: tsc, resumes_with: None });
+    *ops.pauses() = Pauses { now, ..Pauses::default() };
 }

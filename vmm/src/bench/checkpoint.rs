@@ -1,0 +1,333 @@
+//! What a checkpoint costs: real VMs of two members, made and saved with this program's own commands, whose guest has
+//! filled its memory and goes on writing to a part of it.
+//!
+//! Throughput is that of full checkpoints until they are safe on disk, against writing and syncing as many bytes to the same
+//! folder, in turn. The pause of incremental ones is measured with little and with much memory and the same part that
+//! changes: it may grow with that part, not with the memory.
+
+use super::kernel;
+use crate::control::ops::checkpoint::CheckpointReport;
+use serde::Serialize;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Where the guest's data begins.
+const START: u64 = 16 << 20;
+/// Memory besides the data.
+const BESIDES: u64 = 64;
+/// Longest wait for a guest to fill its memory.
+const FILLED: Duration = Duration::from_secs(300);
+/// Bytes per write of the floor.
+const PIECE: usize = 1 << 20;
+
+/// What to measure.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CheckpointOptions {
+    /// Data of the larger guest, MiB; the smaller one has a quarter.
+    pub mib: u32,
+    /// Data that changes all the time, MiB.
+    pub dirty_mib: u32,
+    /// Full checkpoints, and incremental ones, of each guest.
+    pub runs: u32,
+    /// Folder for the checkpoints, on the disk that is to be measured.
+    pub dir: PathBuf,
+}
+
+/// The benchmark could not be run.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    /// Files, processes.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried.
+        what: String,
+        /// Why it did not work.
+        source: io::Error,
+    },
+    /// A command of ours said no.
+    #[error("spanvm {command}: {error}")]
+    Command {
+        /// Its first words.
+        command: String,
+        /// What it printed.
+        error: String,
+    },
+    /// The guest did nothing.
+    #[error("the guest did not fill its memory within {} s", FILLED.as_secs())]
+    Guest,
+}
+
+fn io(what: impl std::fmt::Display) -> impl FnOnce(io::Error) -> BenchError {
+    move |source| BenchError::Io { what: what.to_string(), source }
+}
+
+/// Full checkpoints.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Full {
+    /// Bytes of one.
+    pub bytes: u64,
+    /// Until it was safe on disk, milliseconds, median.
+    pub total_ms: f64,
+    /// For how long the guest stood still, milliseconds, median.
+    pub pause_ms: f64,
+    /// Writing and syncing as many bytes, milliseconds, median.
+    pub write_ms: f64,
+}
+
+/// Incremental checkpoints.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Incremental {
+    /// Data of the guest, MiB.
+    pub mib: u32,
+    /// Pages saved, median.
+    pub pages: u64,
+    /// For how long the guest stood still, milliseconds, median.
+    pub pause_ms: f64,
+}
+
+/// The result.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct CheckpointBench {
+    /// `checkpoint`.
+    pub bench: &'static str,
+    /// Of the larger guest.
+    pub full: Full,
+    /// Throughput over that of writing the same bytes.
+    pub ratio: f64,
+    /// By size of the guest.
+    pub incremental: Vec<Incremental>,
+    /// Pause with much memory over that with little, where the memory is four times as large.
+    pub pause_growth: f64,
+}
+
+impl std::fmt::Display for CheckpointBench {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let full = &self.full;
+        writeln!(
+            f,
+            "full          {} MiB in {:.0} ms, the guest stood still for {:.0} ms",
+            full.bytes >> 20,
+            full.total_ms,
+            full.pause_ms
+        )?;
+        writeln!(
+            f,
+            "floor         the same bytes written in {:.0} ms: ratio {:.2}",
+            full.write_ms, self.ratio
+        )?;
+        for one in &self.incremental {
+            writeln!(
+                f,
+                "incremental   {} pages of a guest of {} MiB: it stood still for {:.1} ms",
+                one.pages, one.mib, one.pause_ms
+            )?;
+        }
+        write!(f, "pause growth  {:.2} when the memory is four times as large", self.pause_growth)
+    }
+}
+
+/// Runs the benchmark; `progress` hears how many of how many checkpoints are made.
+///
+/// # Errors
+/// [`BenchError`].
+pub fn run(
+    options: &CheckpointOptions,
+    mut progress: impl FnMut(u32, u32),
+) -> Result<CheckpointBench, BenchError> {
+    let folder = Folder::new(&options.dir)?;
+    let sizes = [options.mib.div_ceil(4), options.mib];
+    let all = options.runs * 4;
+    let mut made = 0;
+    let mut step = || {
+        made += 1;
+        progress(made, all);
+    };
+    let mut incremental = Vec::new();
+    let (mut fulls, mut writes) = (Vec::new(), Vec::new());
+    for mib in sizes {
+        let vm = Vm::start(&folder.0, mib, options.dirty_mib)?;
+        (fulls, writes) = (Vec::new(), Vec::new());
+        for _ in 0..options.runs {
+            let report = vm.checkpoint(&["--full"])?;
+            writes.push(write_and_sync(&folder.0, report.bytes)?);
+            fulls.push(report);
+            step();
+        }
+        let mut parts = Vec::new();
+        for _ in 0..options.runs {
+            parts.push(vm.checkpoint(&[])?);
+            step();
+        }
+        parts.sort_by_key(|part| part.pages);
+        incremental.push(Incremental {
+            mib,
+            pages: parts.get(parts.len() / 2).map_or(0, |part| part.pages),
+            pause_ms: median(parts.iter().map(|part| part.pause_ms)),
+        });
+    }
+    let full = Full {
+        bytes: fulls.iter().map(|one| one.bytes).max().unwrap_or(0),
+        total_ms: median(fulls.iter().map(|one| one.total_ms)),
+        pause_ms: median(fulls.iter().map(|one| one.pause_ms)),
+        write_ms: median(writes.iter().copied()),
+    };
+    let pauses: Vec<f64> = incremental.iter().map(|one| one.pause_ms).collect();
+    let pause_growth = match pauses[..] {
+        [little, much] if little > 0.0 => much / little,
+        _ => 0.0,
+    };
+    Ok(CheckpointBench {
+        bench: "checkpoint",
+        ratio: full.write_ms / full.total_ms.max(0.001),
+        full,
+        incremental,
+        pause_growth,
+    })
+}
+
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(0.0)
+}
+
+/// Milliseconds to write so many bytes, and to sync them.
+fn write_and_sync(folder: &Path, bytes: u64) -> Result<f64, BenchError> {
+    let path = folder.join("floor");
+    let piece: Vec<u8> = (0..PIECE).map(|n| u8::try_from(n % 251).unwrap_or(0)).collect();
+    let start = Instant::now();
+    let write = || -> io::Result<()> {
+        let mut file = File::create(&path)?;
+        let mut left = bytes;
+        while left > 0 {
+            let now = usize::try_from(left).unwrap_or(PIECE).min(PIECE);
+            file.write_all(piece.get(..now).unwrap_or(&piece))?;
+            left -= now as u64;
+        }
+        file.sync_all()
+    };
+    write().map_err(io(path.display()))?;
+    let took = start.elapsed().as_secs_f64() * 1e3;
+    fs::remove_file(&path).map_err(io(path.display()))?;
+    Ok(took)
+}
+
+/// A folder that goes with this.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(within: &Path) -> Result<Folder, BenchError> {
+        let path = within.join(format!("spanvm-bench-{}", std::process::id()));
+        let path = std::path::absolute(&path).map_err(io(path.display()))?;
+        fs::create_dir(&path).map_err(io(path.display()))?;
+        Ok(Folder(path))
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A VM that ends with this.
+struct Vm {
+    name: String,
+    dir: PathBuf,
+}
+
+impl Vm {
+    fn start(folder: &Path, mib: u32, dirty_mib: u32) -> Result<Vm, BenchError> {
+        let name = format!("bench-{}-{mib}", std::process::id());
+        let image = folder.join(&name);
+        fs::write(&image, guest(mib, dirty_mib)).map_err(io(image.display()))?;
+        let memory = format!("--memory={}M", u64::from(mib) + BESIDES);
+        let kernel = format!("--kernel={}", image.display());
+        let vm = Vm { dir: folder.join(format!("{name}.ck")), name };
+        let named = format!("--name={}", vm.name);
+        spanvm(&[
+            "launch",
+            "--members=2",
+            "--cpus=2",
+            "--rng=off",
+            "--detach",
+            "--quiet",
+            &named,
+            &memory,
+            &kernel,
+        ])?;
+        let since = Instant::now();
+        while !spanvm(&["console", &vm.name, "--dump"])?.contains('F') {
+            if since.elapsed() > FILLED {
+                return Err(BenchError::Guest);
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        Ok(vm)
+    }
+
+    fn checkpoint(&self, more: &[&str]) -> Result<CheckpointReport, BenchError> {
+        let to = self.dir.to_string_lossy();
+        let text = spanvm(&[&["checkpoint", &self.name, "--json", "--to", &to], more].concat())?;
+        serde_json::from_str(&text)
+            .map_err(|e| BenchError::Command { command: "checkpoint".into(), error: e.to_string() })
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        let _ = spanvm(&["stop", &self.name]);
+    }
+}
+
+/// Runs this program; returns what it printed.
+fn spanvm(args: &[&str]) -> Result<String, BenchError> {
+    let command = args.first().copied().unwrap_or_default();
+    let child = Command::new("/proc/self/exe")
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn();
+    let mut child = child.map_err(io(command))?;
+    let (mut out, mut err) = (String::new(), String::new());
+    if let Some(mut stdout) = child.stdout.take() {
+        stdout.read_to_string(&mut out).map_err(io(command))?;
+    }
+    if let Some(mut stderr) = child.stderr.take() {
+        stderr.read_to_string(&mut err).map_err(io(command))?;
+    }
+    if child.wait().map_err(io(command))?.success() {
+        return Ok(out);
+    }
+    Err(BenchError::Command { command: command.into(), error: err.trim().into() })
+}
+
+/// A kernel that writes to each page of its data once, prints an F, and then counts in the pages that change, for ever.
+fn guest(mib: u32, dirty_mib: u32) -> Vec<u8> {
+    let pages = |mib: u32| (u64::from(mib) << 20 >> 12).max(1).to_le_bytes();
+    let start = START.to_le_bytes();
+    let mut code = Vec::new();
+    // mov rdi, START; mov rcx, pages
+    code.extend([0x48, 0xBF]);
+    code.extend(start);
+    code.extend([0x48, 0xB9]);
+    code.extend(pages(mib));
+    // mov [rdi], rdi; add rdi, 4096; dec rcx; jnz
+    code.extend([0x48, 0x89, 0x3F, 0x48, 0x81, 0xC7, 0, 0x10, 0, 0, 0x48, 0xFF, 0xC9, 0x75, 0xF1]);
+    // mov dx, COM1; mov al, 'F'; out dx, al
+    code.extend([0x66, 0xBA, 0xF8, 0x03, 0xB0, 0x46, 0xEE]);
+    // mov rdi, START; mov rcx, dirty pages
+    code.extend([0x48, 0xBF]);
+    code.extend(start);
+    code.extend([0x48, 0xB9]);
+    code.extend(pages(dirty_mib.min(mib)));
+    // inc qword [rdi]; add rdi, 4096; dec rcx; jnz; jmp to the second mov
+    code.extend([
+        0x48, 0xFF, 0x07, 0x48, 0x81, 0xC7, 0, 0x10, 0, 0, 0x48, 0xFF, 0xC9, 0x75, 0xF1, 0xEB, 0xDB,
+    ]);
+    kernel::elf(&code)
+}
