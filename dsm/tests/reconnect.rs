@@ -176,3 +176,38 @@ fn who_does_not_come_back_in_time_is_named() {
     }
     assert!(start.elapsed() >= grace);
 }
+
+#[test]
+fn who_comes_later_is_let_in_where_it_is_expected() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = listener.local_addr().unwrap();
+    let mesh = |me: u16, peers: Vec<(MemberId, SocketAddr)>| MeshConfig {
+        me: MemberId(me),
+        vm: "test".into(),
+        epoch: Epoch(1),
+        peers,
+        secret: Some(vec![7; 32]),
+        deadline: Duration::from_secs(60),
+        channels: 1,
+    };
+    let door = Redial::new(listener, mesh(0, Vec::new())).unwrap();
+    let end = Instant::now() + Duration::from_secs(60);
+    let newcomer = MemberId(1);
+    assert!(door.stream(newcomer, 0, end).unwrap_err().to_string().contains("no peer"));
+    door.meet(newcomer, addr);
+    let caller = TcpListener::bind("127.0.0.1:0").unwrap();
+    let caller = thread::spawn(move || mesh::connect(caller, &mesh(1, vec![(MemberId(0), addr)])));
+    let mut stream = door.stream(newcomer, 0, end).unwrap();
+    let mut links = caller.join().unwrap().unwrap();
+    stream.write_all(b"x").unwrap();
+    let mut byte = [0];
+    links[0].streams[0].read_exact(&mut byte).unwrap();
+    assert_eq!(&byte, b"x");
+    // Who waits hears at once that it is in vain.
+    thread::scope(|scope| {
+        let wait = scope.spawn(|| door.stream(newcomer, 0, end));
+        door.part(newcomer);
+        assert!(wait.join().unwrap().is_err());
+    });
+    assert!(!door.knows(newcomer) && Instant::now() < end);
+}

@@ -5,7 +5,6 @@
 
 use super::failure::Cause;
 use super::shell::Shell;
-use crate::addr::MemberId;
 use crate::transport::frame::{Frame, HEADER_LEN, Header, Rules};
 use crate::transport::link::Link;
 use std::io::{self, Read, Write};
@@ -66,8 +65,6 @@ fn exchange(shell: &Shell, link: &Link, rules: &Rules<'_>, mut stream: &TcpStrea
 }
 
 /// Whether a peer may reconnect: who is no member (any more) has nothing to lose.
-pub(super) fn is_enabled(shell: &Shell, peer: MemberId) -> bool {
-    shell.config().reconnect.is_some()
-        && shell.members().has(peer)
-        && shell.link(peer).is_some_and(|l| !l.has_left())
+pub(super) fn is_enabled(shell: &Shell, link: &Link) -> bool {
+    shell.config().reconnect.is_some() && shell.members().has(link.peer()) && !link.has_left()
 }

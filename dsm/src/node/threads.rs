@@ -81,7 +81,7 @@ pub(super) fn receive(shell: &Shell, link: &Link) {
     while let Err(cause) = frames(shell, link)
         && shell.is_running()
     {
-        let is_broken = matches!(cause, Cause::Disconnected(_)) && resume::is_enabled(shell, peer);
+        let is_broken = matches!(cause, Cause::Disconnected(_)) && resume::is_enabled(shell, link);
         let result =
             if is_broken { resume::resume(shell, link, &rules(shell, peer), cause) } else { Err(cause) };
         if let Err(cause) = result

@@ -4,7 +4,7 @@ use super::mesh::{MeshConfig, call, receive};
 use crate::addr::MemberId;
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -28,7 +28,8 @@ pub struct Redial {
 /// What the threads that answer callers need.
 #[derive(Debug)]
 struct Shared {
-    cfg: MeshConfig,
+    /// Peers come and go. Held for a look-up only.
+    cfg: Mutex<Arc<MeshConfig>>,
     /// Callers that were let in and that nobody has asked for yet, by member and channel.
     arrived: Mutex<BTreeMap<(MemberId, u16), TcpStream>>,
     busy: AtomicUsize,
@@ -36,6 +37,22 @@ struct Shared {
 }
 
 impl Shared {
+    fn cfg(&self) -> Arc<MeshConfig> {
+        self.cfg.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Where a peer is from now on, if it is one.
+    fn change(&self, peer: MemberId, addr: Option<SocketAddr>) {
+        let mut slot = self.cfg.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut cfg = MeshConfig::clone(&slot);
+        cfg.peers.retain(|(known, _)| *known != peer);
+        cfg.peers.extend(addr.map(|addr| (peer, addr)));
+        *slot = Arc::new(cfg);
+        drop(slot);
+        // Streams of who had the number before.
+        self.arrived().retain(|(from, _), _| *from != peer);
+    }
+
     fn arrived(&self) -> MutexGuard<'_, BTreeMap<(MemberId, u16), TcpStream>> {
         self.arrived.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -46,8 +63,24 @@ impl Redial {
     pub fn new(listener: TcpListener, cfg: MeshConfig) -> io::Result<Redial> {
         listener.set_nonblocking(true)?;
         let (arrived, busy) = (Mutex::default(), AtomicUsize::new(0));
+        let cfg = Mutex::new(Arc::new(cfg));
         let shared = Shared { cfg, arrived, busy, never: AtomicBool::new(false) };
         Ok(Redial { listener, shared: Arc::new(shared) })
+    }
+
+    /// There is a (new) peer, at this address.
+    pub fn meet(&self, peer: MemberId, addr: SocketAddr) {
+        self.shared.change(peer, Some(addr));
+    }
+
+    /// It is no peer any more; who waits for it gives up.
+    pub fn part(&self, peer: MemberId) {
+        self.shared.change(peer, None);
+    }
+
+    /// Whether this is a peer.
+    pub fn knows(&self, peer: MemberId) -> bool {
+        self.shared.cfg().peers.iter().any(|(known, _)| *known == peer)
     }
 
     /// A new stream of a channel to or from `peer`, by `end`.
@@ -55,14 +88,14 @@ impl Redial {
     /// # Errors
     /// Nobody is there, or not who should be. A caller may try again until `end`.
     pub fn stream(&self, peer: MemberId, channel: u16, end: Instant) -> io::Result<TcpStream> {
-        let Shared { cfg, never, .. } = &*self.shared;
+        let (cfg, never) = (self.shared.cfg(), &self.shared.never);
         if peer > cfg.me {
             return self.wait((peer, channel), end);
         }
         let to = cfg.peers.iter().find(|(p, _)| *p == peer);
         let (_, addr) = to.ok_or_else(|| io::Error::other("it is no peer"))?;
         let soon = end.min(Instant::now() + HANDSHAKE);
-        call(cfg, peer, *addr, channel, soon, never).map_err(io::Error::other)
+        call(&cfg, peer, *addr, channel, soon, never).map_err(io::Error::other)
     }
 
     fn wait(&self, wanted: (MemberId, u16), end: Instant) -> io::Result<TcpStream> {
@@ -73,6 +106,9 @@ impl Redial {
             }
             if Instant::now() >= end {
                 return Err(io::ErrorKind::TimedOut.into());
+            }
+            if !self.knows(wanted.0) {
+                return Err(io::Error::other("it is no peer"));
             }
             self.answer()?;
             thread::sleep(GLANCE);
@@ -93,7 +129,7 @@ impl Redial {
             shared.busy.fetch_add(1, Ordering::Relaxed);
             let thread = thread::Builder::new().name("dsm-door".into());
             let greeter = thread.spawn(move || {
-                match receive(&mut stream, &shared.cfg, Instant::now() + HANDSHAKE, &shared.never) {
+                match receive(&mut stream, &shared.cfg(), Instant::now() + HANDSHAKE, &shared.never) {
                     Ok(Ok(caller)) => {
                         // The newest counts: its caller has given up those before.
                         shared.arrived().insert(caller, stream);

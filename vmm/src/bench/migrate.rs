@@ -189,6 +189,7 @@ fn start() -> Result<Vec<Member>, BenchError> {
                 pages: PageTuning::default(),
                 deadline: LIMIT,
                 origin: Origin::Boot,
+                standing: None,
             };
             // Nobody listens to its events.
             std::thread::spawn(move || Member::join(plan, listener, channel().0))

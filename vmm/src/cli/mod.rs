@@ -43,9 +43,11 @@ pub enum Command {
     Resume(ops::PauseArgs),
     /// Move vCPUs between members.
     Vcpu(ops::VcpuArgs),
-    /// Take members out of a running VM.
+    /// Add members to a running VM, and take them out.
     #[command(name = "member")]
     Members(member::MemberArgs),
+    /// Bring a whole VM to other hosts while the guest runs.
+    Migrate(member::MigrateArgs),
     /// Save a VM to disk while it runs, or to end it.
     Checkpoint(checkpoint::CheckpointArgs),
     /// Bring a VM back from its newest checkpoint, on whatever members.
@@ -92,6 +94,7 @@ pub fn run(cli: Cli) -> u8 {
             Command::Stop(args) => report(vms::stop(args).await),
             Command::Vcpu(args) => report(ops::vcpu(args).await),
             Command::Members(args) => report(member::member(args).await),
+            Command::Migrate(args) => report(member::migrate(args).await),
             Command::Pause(args) => report(ops::pause(args).await),
             Command::Resume(args) => report(ops::resume(args).await),
             Command::Node(args) => report(node::run(args).await),

@@ -10,6 +10,8 @@
 //! | `POST /vm/resume` | lets it go on; same body |
 //! | `POST /vm/vcpus/migrate` | moves vCPUs; body `{"vcpus": [1, 2], "to": 1, "limit_s": 5}`; answer [`super::ops::moves::MoveReport`] |
 //! | `POST /vm/members/drain` | takes a member out; body `{"member": 1, "limit_s": 5}`; answer [`super::ops::drain::DrainReport`] |
+//! | `POST /vm/members/add` | adds one; body `{"host": "hostC:7700"}`, `null` for the coordinator's own; answer [`super::ops::add::AddReport`] |
+//! | `POST /vm/migrate` | goes to other hosts; body `{"hosts": ["hostC:7700", null], "limit_s": 5}`; answer [`super::ops::relocate::RelocateReport`] |
 //! | `GET /vm/members/progress` | how far that is: [`super::ops::drain::Progress`] |
 //! | `POST /vm/members/cancel` | undoes it |
 //! | `POST /vm/checkpoint` | saves the VM; body [`CheckpointBody`] |
@@ -21,8 +23,9 @@
 
 use super::end::End;
 use super::ops::checkpoint::{self, CheckpointBody};
-use super::ops::{OpError, Turn, drain, moves, pause};
+use super::ops::{OpError, Turn, add, drain, moves, pause, relocate};
 use super::shared::Shared;
+use crate::config::HostPort;
 use axum::body::{Body, Bytes};
 use axum::extract::{DefaultBodyLimit, Query, State};
 use axum::http::StatusCode;
@@ -72,6 +75,8 @@ fn router(shared: Arc<Shared>) -> Router {
         .route("/vm/resume", post(resume_vm))
         .route("/vm/vcpus/migrate", post(migrate))
         .route("/vm/members/drain", post(drain_member))
+        .route("/vm/members/add", post(add_member))
+        .route("/vm/migrate", post(relocate_vm))
         .route("/vm/members/progress", get(members_progress))
         .route("/vm/members/cancel", post(cancel_members))
         .route("/vm/checkpoint", post(checkpoint_vm))
@@ -217,6 +222,48 @@ async fn drain_member(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<
     let limit = limit(body.limit_s)?;
     let turn = Turn::take(&shared, format!("the drain of member {}", body.member))?;
     operate(async move { drain::drain(&turn, body.member, limit).await }).await
+}
+
+/// Body of `POST /vm/members/add`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AddBody {
+    /// Host (and port) of a node daemon; nothing for the coordinator's own host.
+    #[serde(default)]
+    pub host: Option<String>,
+}
+
+async fn add_member(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Response, Refusal> {
+    let body: AddBody =
+        serde_json::from_slice(&body).map_err(|e| Refusal(StatusCode::BAD_REQUEST, e.to_string()))?;
+    let host = host_of(body.host)?;
+    let turn = Turn::take(&shared, "the addition of a member")?;
+    operate(async move { add::add(&turn, host.as_ref()).await }).await
+}
+
+fn host_of(text: Option<String>) -> Result<Option<HostPort>, Refusal> {
+    let bad = |e| Refusal(StatusCode::BAD_REQUEST, format!("host: {e}"));
+    text.map(|host| host.parse()).transpose().map_err(bad)
+}
+
+/// Body of `POST /vm/migrate`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RelocateBody {
+    /// Hosts, as in [`AddBody`].
+    pub hosts: Vec<Option<String>>,
+    /// Longest time that the move of a vCPU may take, as in [`PauseBody`].
+    #[serde(default)]
+    pub limit_s: Option<f64>,
+}
+
+async fn relocate_vm(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Response, Refusal> {
+    let body: RelocateBody =
+        serde_json::from_slice(&body).map_err(|e| Refusal(StatusCode::BAD_REQUEST, e.to_string()))?;
+    let limit = limit(body.limit_s)?;
+    let hosts = body.hosts.into_iter().map(host_of).collect::<Result<Vec<_>, _>>()?;
+    let turn = Turn::take(&shared, "the migration to other hosts")?;
+    operate(async move { relocate::relocate(&turn, &hosts, limit).await }).await
 }
 
 async fn members_progress(State(shared): State<Arc<Shared>>) -> Response {

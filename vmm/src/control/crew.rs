@@ -40,7 +40,7 @@ pub struct Crew {
     seats: Mutex<Vec<Seat>>,
     next: AtomicU64,
     /// Tasks under way. Held for a look-up only.
-    open: Mutex<HashMap<u64, oneshot::Sender<Answer>>>,
+    open: Mutex<HashMap<u64, (MemberId, oneshot::Sender<Answer>)>>,
     /// Where the pieces go that a task sends before its answer.
     streams: Mutex<HashMap<u64, mpsc::Sender<Vec<u8>>>>,
     closed: AtomicBool,
@@ -72,9 +72,18 @@ impl Crew {
         self.seats().iter().find(|seat| seat.id == member).cloned()
     }
 
-    /// One leaves.
+    /// One leaves, or is gone. Who waits for it does so no longer.
     pub fn dismiss(&self, member: MemberId) {
         self.seats().retain(|seat| seat.id != member);
+        self.open().retain(|_, (of, _)| *of != member);
+    }
+
+    /// One more.
+    pub fn admit(&self, id: MemberId, host: String, orders: mpsc::Sender<ToMember>) {
+        let mut seats = self.seats();
+        seats.retain(|seat| seat.id != id);
+        seats.push(Seat { id, host, orders });
+        seats.sort_by_key(|seat| seat.id);
     }
 
     /// `member 1 on hostB`.
@@ -83,13 +92,13 @@ impl Crew {
         seat.map_or_else(|| member.to_string(), |seat| format!("{member} on {}", seat.host))
     }
 
-    fn open(&self) -> MutexGuard<'_, HashMap<u64, oneshot::Sender<Answer>>> {
+    fn open(&self) -> MutexGuard<'_, HashMap<u64, (MemberId, oneshot::Sender<Answer>)>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// An answer came. One that nobody waits for any more is dropped.
     pub fn done(&self, id: u64, answer: Answer) {
-        if let Some(waiting) = self.open().remove(&id) {
+        if let Some((_, waiting)) = self.open().remove(&id) {
             let _ = waiting.send(answer);
         }
     }
@@ -129,7 +138,7 @@ impl Crew {
         };
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (tell, told) = oneshot::channel();
-        self.open().insert(id, tell);
+        self.open().insert(id, (member, tell));
         if self.closed.load(Ordering::SeqCst) {
             self.open().remove(&id);
         }

@@ -156,6 +156,14 @@ impl Shared {
         }
     }
 
+    /// There is one member more.
+    pub fn joined(&self, member: MemberInfo) {
+        let mut picture = self.lock();
+        let at = picture.info.members.partition_point(|m| m.id < member.id);
+        picture.info.members.insert(at, member);
+        picture.counted.insert(at, None);
+    }
+
     /// A member has left.
     pub fn left(&self, member: dsm::addr::MemberId) {
         let mut picture = self.lock();

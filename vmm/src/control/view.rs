@@ -121,6 +121,26 @@ pub struct MemberInfo {
 }
 
 impl MemberInfo {
+    /// A member of which nothing is counted yet, without vCPUs.
+    pub fn new(id: u16, host: String, pid: u32, addr: SocketAddr, memory_home: u64) -> MemberInfo {
+        MemberInfo {
+            id,
+            host,
+            pid,
+            addr: Some(addr),
+            vcpus: Vec::new(),
+            memory_home,
+            memory_held: 0,
+            memory_budget: None,
+            ipis_local: 0,
+            ipis_remote: 0,
+            exits: 0,
+            faults: FaultCounts::default(),
+            age_s: None,
+            stats: MemberStats::default(),
+        }
+    }
+
     /// Fills in what comes from a member's counters.
     pub fn count(&mut self, stats: MemberStats) {
         let sum = |field| super::shared::total(&stats, field);

@@ -16,7 +16,8 @@ pub mod wire;
 use crate::devices::Space;
 use crate::interrupts::InterruptMessage;
 use crate::time::filter::Sample;
-use dsm::addr::{Epoch, MemberId};
+use arc_swap::ArcSwapOption;
+use dsm::addr::{Epoch, MAX_MEMBERS, MemberId};
 use dsm::node::Reconnect;
 use link::Link;
 use requests::{NoAnswer, Requests};
@@ -95,7 +96,10 @@ pub struct Fabric {
     epoch: Epoch,
     deadline: Duration,
     reconnect: Option<Reconnect>,
-    links: Vec<Link>,
+    /// By member: peers come and go.
+    links: Vec<ArcSwapOption<Link>>,
+    /// The thread for heartbeats and clock samples has been started.
+    ticks: AtomicBool,
     requests: Requests,
     started: Instant,
     /// The links that broke before a handler was there, or in `send`; reported by the tick thread.
@@ -108,7 +112,8 @@ pub struct Fabric {
     /// Messages from peers.
     pub received: AtomicU64,
     traffic: Traffic,
-    /// Peers that are no members (any more), one bit each: nothing goes to them, and that they go is no news.
+    /// Peers that are no members (yet, or any more), one bit each: nothing of the guest goes to them, and that they go is no
+    /// news.
     strangers: AtomicU64,
 }
 
@@ -134,14 +139,19 @@ impl Fabric {
         reconnect: Option<Reconnect>,
         streams: Vec<(MemberId, TcpStream)>,
     ) -> io::Result<Fabric> {
-        let keeps = reconnect.is_some();
-        let links = streams.into_iter().map(|(peer, stream)| Link::new(peer, stream, keeps));
+        let links: Vec<_> = (0..MAX_MEMBERS).map(|_| ArcSwapOption::empty()).collect();
+        for (peer, stream) in streams {
+            let link = Link::new(peer, stream, reconnect.is_some())?;
+            let slot = links.get(usize::from(peer.0)).ok_or(io::ErrorKind::InvalidInput)?;
+            slot.store(Some(Arc::new(link)));
+        }
         Ok(Fabric {
             me,
             epoch,
             deadline,
             reconnect,
-            links: links.collect::<io::Result<_>>()?,
+            links,
+            ticks: AtomicBool::new(false),
             requests: Requests::default(),
             started: Instant::now(),
             broken: Mutex::default(),
@@ -164,27 +174,70 @@ impl Fabric {
         handler: &Arc<H>,
     ) -> io::Result<Vec<JoinHandle<()>>> {
         let mut threads = Vec::new();
-        for index in 0..self.links.len() {
-            for (name, run) in [("recv", Fabric::receive as fn(&Fabric, usize, &H)), ("send", Fabric::drain)]
-            {
-                let (fabric, handler) = (self.clone(), handler.clone());
-                let name = format!("fabric-{name}-{}", self.links.get(index).map_or(0, |l| l.peer.0));
-                threads
-                    .push(thread::Builder::new().name(name).spawn(move || run(&fabric, index, &*handler))?);
-            }
-        }
-        if !self.links.is_empty() {
-            let (fabric, handler) = (self.clone(), handler.clone());
-            let tick = thread::Builder::new().name("fabric-tick".into());
-            threads.push(tick.spawn(move || fabric.tick(&*handler))?);
+        for link in self.links() {
+            self.serve(&link, handler, &mut threads)?;
         }
         Ok(threads)
     }
 
+    /// Starts the threads of a link, and the one for all links if it is the first.
+    fn serve<H: Handler + 'static>(
+        self: &Arc<Fabric>,
+        link: &Arc<Link>,
+        handler: &Arc<H>,
+        threads: &mut Vec<JoinHandle<()>>,
+    ) -> io::Result<()> {
+        for (name, run) in [("recv", Fabric::receive as fn(&Fabric, &Link, &H)), ("send", Fabric::drain)] {
+            let (fabric, link, handler) = (self.clone(), link.clone(), handler.clone());
+            let builder = thread::Builder::new().name(format!("fabric-{name}-{}", link.peer.0));
+            threads.push(builder.spawn(move || run(&fabric, &link, &*handler))?);
+        }
+        if !self.ticks.swap(true, Ordering::SeqCst) {
+            let (fabric, handler) = (self.clone(), handler.clone());
+            let tick = thread::Builder::new().name("fabric-tick".into());
+            threads.push(tick.spawn(move || fabric.tick(&*handler))?);
+        }
+        Ok(())
+    }
+
+    /// There is a stream to somebody who is to become a member ([`Fabric::set_members`]); until then nothing of the guest
+    /// goes there, and what happens to it harms nobody. Returns the threads that serve it.
+    ///
+    /// # Errors
+    /// It is a member, or can't be one; or no thread can be had.
+    pub fn admit<H: Handler + 'static>(
+        self: &Arc<Fabric>,
+        peer: MemberId,
+        stream: TcpStream,
+        handler: &Arc<H>,
+    ) -> io::Result<Vec<JoinHandle<()>>> {
+        let known = peer == self.me || self.peers().any(|member| member == peer);
+        let slot = self.links.get(usize::from(peer.0)).filter(|_| !known);
+        let slot = slot.ok_or_else(|| io::Error::other(format!("{peer} is a member, or can't be one")))?;
+        let link = Arc::new(Link::new(peer, stream, self.reconnect.is_some())?);
+        link.heard(self.now_ms());
+        self.strangers.fetch_or(1 << (peer.0 % 64), Ordering::SeqCst);
+        if let Some(old) = slot.swap(Some(link.clone())) {
+            old.set_leaving();
+            old.close();
+        }
+        let mut threads = Vec::new();
+        self.serve(&link, handler, &mut threads)?;
+        Ok(threads)
+    }
+
+    fn links(&self) -> impl Iterator<Item = Arc<Link>> {
+        self.links.iter().filter_map(ArcSwapOption::load_full)
+    }
+
+    fn link(&self, peer: MemberId) -> Option<Arc<Link>> {
+        self.links.get(usize::from(peer.0))?.load_full()
+    }
+
     /// A peer sent what no member of ours sends: its link is cut, and it is reported lost.
     pub fn cut_off(&self, peer: MemberId, what: &str) {
-        if let Some(link) = self.links.iter().find(|l| l.peer == peer) {
-            self.check(link, Err(format!("it sent nonsense: {what}")));
+        if let Some(link) = self.link(peer) {
+            self.check(&link, Err(format!("it sent nonsense: {what}")));
         }
     }
 
@@ -195,7 +248,7 @@ impl Fabric {
 
     /// The other members.
     pub fn peers(&self) -> impl Iterator<Item = MemberId> + '_ {
-        self.links.iter().map(|l| l.peer).filter(|peer| !self.is_stranger(*peer))
+        self.links().map(|l| l.peer).filter(|peer| !self.is_stranger(*peer))
     }
 
     fn is_stranger(&self, peer: MemberId) -> bool {
@@ -205,8 +258,7 @@ impl Fabric {
     /// Which peers are members from now on. To be said at all members, while the VM is paused.
     pub fn set_members(&self, is_member: impl Fn(MemberId) -> bool) {
         // To who is no member all are strangers.
-        let strangers =
-            self.links.iter().map(|l| l.peer).filter(|peer| !is_member(*peer) || !is_member(self.me));
+        let strangers = self.links().map(|l| l.peer).filter(|peer| !is_member(*peer) || !is_member(self.me));
         let bits = strangers.fold(0, |bits, peer| bits | 1 << (peer.0 % 64));
         self.strangers.store(bits, Ordering::SeqCst);
         // Nothing is under way, at any member: all begin anew, or the sums would lack what a member that has left counted.
@@ -216,7 +268,7 @@ impl Fabric {
 
     /// Ends the link to a peer that is no member.
     pub fn part(&self, peer: MemberId) {
-        if let Some(link) = self.links.iter().find(|l| l.peer == peer && self.is_stranger(peer)) {
+        if let Some(link) = self.link(peer).filter(|_| self.is_stranger(peer)) {
             link.set_leaving();
             link.close();
         }
@@ -227,35 +279,38 @@ impl Fabric {
         self.peers().filter(|peer| *peer > self.me).min().or_else(|| self.peers().min())
     }
 
-    /// Sends to one member. A broken link is reported through the handler, not here.
-    pub fn send(&self, to: MemberId, message: &Message) {
-        let Some(link) = self.links.iter().find(|l| l.peer == to && !self.is_stranger(to)) else { return };
-        self.sent.fetch_add(1, Ordering::Relaxed);
-        if message.is_for_the_guest() {
+    /// The link for one message more, if there is one; what is for the guest goes to members only.
+    fn way(&self, to: MemberId, is_for_the_guest: bool) -> Option<Arc<Link>> {
+        let link = self.link(to)?;
+        if is_for_the_guest {
+            if self.is_stranger(to) {
+                return None;
+            }
             self.traffic.sent.fetch_add(1, Ordering::SeqCst);
         }
-        self.check(link, link.send(message.encode(self.me, self.epoch).as_bytes()));
+        self.sent.fetch_add(1, Ordering::Relaxed);
+        Some(link)
+    }
+
+    /// Sends to one member. A broken link is reported through the handler, not here.
+    pub fn send(&self, to: MemberId, message: &Message) {
+        let Some(link) = self.way(to, message.is_for_the_guest()) else { return };
+        self.check(&link, link.send(message.encode(self.me, self.epoch).as_bytes()));
     }
 
     /// As [`Fabric::send`], in order with it, but by another thread.
     pub fn send_later(&self, to: MemberId, message: &Message) {
-        let Some(link) = self.links.iter().find(|l| l.peer == to) else { return };
-        self.sent.fetch_add(1, Ordering::Relaxed);
-        if message.is_for_the_guest() {
-            self.traffic.sent.fetch_add(1, Ordering::SeqCst);
-        }
-        self.check(link, link.send_later(message.encode(self.me, self.epoch).as_bytes()));
+        let Some(link) = self.way(to, message.is_for_the_guest()) else { return };
+        self.check(&link, link.send_later(message.encode(self.me, self.epoch).as_bytes()));
     }
 
     /// Sends a vCPU to one member, as [`Fabric::send`] sends messages, and in order with them.
     pub fn send_image(&self, to: MemberId, image: &[u8]) {
-        let Some(link) = self.links.iter().find(|l| l.peer == to) else { return };
         let Ok(len) = u32::try_from(image.len()) else { return };
-        self.sent.fetch_add(1, Ordering::Relaxed);
-        self.traffic.sent.fetch_add(1, Ordering::SeqCst);
+        let Some(link) = self.way(to, true) else { return };
         let mut bytes = Message::Image { len }.encode(self.me, self.epoch).as_bytes().to_vec();
         bytes.extend(image);
-        self.check(link, link.send(&bytes));
+        self.check(&link, link.send(&bytes));
     }
 
     fn check(&self, link: &Link, sent: Result<(), String>) {
@@ -276,7 +331,7 @@ impl Fabric {
 
     /// Sends to all members.
     pub fn send_all(&self, message: &Message) {
-        self.links.iter().for_each(|l| self.send(l.peer, message));
+        self.links().for_each(|l| self.send(l.peer, message));
     }
 
     /// Reads from a device of `to`; waits for the answer.
@@ -332,7 +387,7 @@ impl Fabric {
 
     /// How often streams to peers that broke were made again.
     pub fn reconnects(&self) -> u64 {
-        self.links.iter().map(Link::resumed).sum()
+        self.links().map(|link| link.resumed()).sum()
     }
 
     /// Lets all accesses go that wait for an answer.
@@ -347,19 +402,19 @@ impl Fabric {
 
     /// True when a peer is gone or has said that it ends.
     pub fn any_leaving(&self) -> bool {
-        self.links.iter().any(Link::is_leaving)
+        self.links().any(|link| link.is_leaving())
     }
 
     /// True when every peer has said that it ends, or is gone.
     pub fn all_leaving(&self) -> bool {
-        self.links.iter().all(Link::is_leaving)
+        self.links().all(|link| link.is_leaving())
     }
 
     /// Ends all threads.
     pub fn close(&self) {
         self.expect_end();
         self.requests.cancel("the VM is over");
-        self.links.iter().for_each(Link::close);
+        self.links().for_each(|link| link.close());
         self.wake.notify_all();
     }
 
@@ -375,8 +430,7 @@ impl Fabric {
         }
     }
 
-    fn drain<H: Handler>(&self, index: usize, handler: &H) {
-        let Some(link) = self.links.get(index) else { return };
+    fn drain<H: Handler>(&self, link: &Link, handler: &H) {
         if let Err(reason) = link.drain(self.deadline) {
             self.lost(link, reason, handler);
         }
@@ -435,7 +489,7 @@ impl Fabric {
         let coordinator = MemberId(0);
         let mut last_beat = None;
         loop {
-            if self.links.iter().all(Link::is_leaving) && self.ending.load(Ordering::SeqCst) {
+            if self.all_leaving() && self.ending.load(Ordering::SeqCst) {
                 return;
             }
             let pause = if self.me == coordinator || handler.clock_is_settled() { TICK } else { FAST_TICK };
@@ -452,11 +506,11 @@ impl Fabric {
                 self.send(coordinator, &Message::Ping { sent: handler.host_clock() });
             }
             if last_beat.is_none_or(|at: Instant| at.elapsed() >= TICK) {
-                self.links.iter().for_each(|link| self.beat(link));
+                self.links().for_each(|link| self.beat(&link));
                 last_beat = Some(Instant::now());
             }
             let now = self.now_ms();
-            for link in self.links.iter().filter(|l| !l.is_leaving() && !l.is_broken()) {
+            for link in self.links().filter(|l| !l.is_leaving() && !l.is_broken()) {
                 if now.saturating_sub(link.heard_ms.load(Ordering::Relaxed)) <= limit {
                     continue;
                 }
@@ -464,7 +518,7 @@ impl Fabric {
                     // Half open, perhaps.
                     link.give_up();
                 } else {
-                    self.lost(link, format!("nothing was heard from it for {:?}", self.deadline), handler);
+                    self.lost(&link, format!("nothing was heard from it for {:?}", self.deadline), handler);
                 }
             }
         }

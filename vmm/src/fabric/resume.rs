@@ -45,8 +45,7 @@ struct Inbox {
 }
 
 impl Fabric {
-    pub(super) fn receive<H: Handler>(&self, index: usize, handler: &H) {
-        let Some(link) = self.links.get(index) else { return };
+    pub(super) fn receive<H: Handler>(&self, link: &Link, handler: &H) {
         let mut inbox = Inbox { buffer: vec![0; FRAME_LEN * 256], have: 0 };
         loop {
             let reason = match self.receive_all(link, handler, &mut inbox) {

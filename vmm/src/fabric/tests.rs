@@ -102,7 +102,15 @@ impl Side {
     }
 
     fn with(me: u16, peer: u16, stream: TcpStream, deadline: Duration, again: Option<Reconnect>) -> Side {
-        let streams = vec![(MemberId(peer), stream)];
+        Side::among(me, vec![(MemberId(peer), stream)], deadline, again)
+    }
+
+    fn among(
+        me: u16,
+        streams: Vec<(MemberId, TcpStream)>,
+        deadline: Duration,
+        again: Option<Reconnect>,
+    ) -> Side {
         let fabric = Fabric::new(MemberId(me), EPOCH, deadline, again, streams).unwrap();
         let (fabric, handler) = (Arc::new(fabric), Arc::new(Recorder::default()));
         let threads = fabric.start(&handler).unwrap();
@@ -329,4 +337,25 @@ fn a_peer_that_does_not_come_back_within_the_grace_time_is_lost() {
         "loss",
         |s| matches!(s, Seen::Lost(_, why) if why.contains("not connected again within 400ms")),
     );
+}
+
+#[test]
+fn a_newcomer_gets_nothing_of_the_guest_until_it_is_a_member() {
+    let (a, b) = sockets();
+    let deadline = Duration::from_secs(5);
+    let mut first = Side::among(0, Vec::new(), deadline, None);
+    let second = Side::new(1, 0, b, deadline);
+    let threads = first.fabric.admit(MemberId(1), a, &first.handler).unwrap();
+    first.threads.extend(threads);
+    assert_eq!(first.fabric.peers().count(), 0);
+    first.fabric.send(MemberId(1), &interrupt(0x31));
+    first.fabric.send_image(MemberId(1), &[7; 10]);
+    assert_eq!(first.fabric.traffic(), (0, 0));
+    first.fabric.set_members(|_| true);
+    assert_eq!(first.fabric.peers().collect::<Vec<_>>(), [MemberId(1)]);
+    first.fabric.send(MemberId(1), &interrupt(0x32));
+    second.handler.wait("interrupt", |seen| *seen == Seen::Interrupt(0x32));
+    assert_eq!(*second.handler.seen.lock().unwrap(), [Seen::Interrupt(0x32)]);
+    let twice = first.fabric.admit(MemberId(1), sockets().0, &first.handler);
+    assert!(twice.is_err(), "it is a member");
 }

@@ -27,7 +27,7 @@ pub mod watch;
 pub use crate::devices::ConsoleHandle;
 pub use event::{MemberEvent, VmExit};
 pub use facts::{HostError, HostFacts, Virtualization};
-pub use plan::{BootImages, MemberPlan, Origin, PageTuning};
+pub use plan::{BootImages, MemberPlan, Origin, PageTuning, Standing};
 pub use runtime::{Member, MemberError};
 pub use saved::{MemberState, PagesSaved, SaveRequest};
 pub use stats::{MemberStats, VcpuStats};

@@ -1,9 +1,10 @@
 //! What a member is to be: everything that [`crate::member::Member::join`] needs, sent by the coordinator.
 
+use super::runtime::MemberError;
 use crate::devices::DeviceSpec;
 use crate::kvm::cpuid::CpuidTable;
 use crate::topology::Topology;
-use dsm::addr::MemberId;
+use dsm::addr::{Epoch, MemberId};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
@@ -38,6 +39,19 @@ pub enum Origin {
     },
 }
 
+/// How the VM stands that a member joins while the guest runs. The topology of its plan is that of the start (its number,
+/// which names the mesh, and the placement, from which CPUID follows), but for the members and the homes, which are those of
+/// now, with the one that joins.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Standing {
+    /// Number of the table of members and homes that holds.
+    pub table: Epoch,
+    /// Where each vCPU lives.
+    pub vcpus: Vec<MemberId>,
+    /// Number of that placement.
+    pub placement: u64,
+}
+
 /// One member's orders.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MemberPlan {
@@ -61,8 +75,48 @@ pub struct MemberPlan {
     /// Where the guest comes from.
     #[serde(default)]
     pub origin: Origin,
+    /// `None` for those that start the VM.
+    #[serde(default)]
+    pub standing: Option<Standing>,
     /// Longest wait for any one answer of a peer, at start and while running.
     pub deadline: Duration,
+}
+
+impl MemberPlan {
+    /// Whether it fits together.
+    ///
+    /// # Errors
+    /// [`MemberError::Plan`].
+    pub(super) fn check(&self) -> Result<(), MemberError> {
+        let Topology { members, vcpus, memory, .. } = &self.topology;
+        let bad = |text: String| Err(MemberError::Plan(text));
+        if let Some(pair) = members.windows(2).find(|pair| matches!(pair, [a, b] if a.id >= b.id)) {
+            return bad(format!("members are named twice, or out of order: {pair:?}"));
+        }
+        let exists = |m: &MemberId| members.iter().any(|desc| desc.id == *m);
+        if !exists(&self.me) {
+            return bad(format!("there is no {}", self.me));
+        }
+        let (first, lives) = match &self.standing {
+            None => (vcpus.first(), vcpus),
+            // vCPU 0 may have moved, and who lived where at the start may have left.
+            Some(standing) if standing.vcpus.len() == vcpus.len() => (Some(&MemberId(0)), &standing.vcpus),
+            Some(_) => (None, vcpus),
+        };
+        if first != Some(&MemberId(0)) {
+            return bad("vCPU 0 must live on member 0".into());
+        }
+        if let Some(stray) = lives.iter().chain(memory.iter().map(|r| &r.home)).find(|m| !exists(m)) {
+            return bad(format!("vCPUs or memory on {stray}, which does not exist"));
+        }
+        if self.cpuid.0.is_empty() {
+            return bad("no CPUID".into());
+        }
+        if self.tsc_khz == 0 {
+            return bad("no TSC frequency".into());
+        }
+        Ok(())
+    }
 }
 
 /// What [`crate::member::Member::load`] puts into guest memory.

@@ -63,7 +63,8 @@ impl GuestRam {
     ) -> Result<GuestRam, MemberError> {
         let topology = &plan.topology;
         let members = topology.members.iter().map(|m| m.id).collect();
-        let mut cfg = DsmConfig::new(plan.me, members, topology.epoch, topology.memory.clone());
+        let epoch = plan.standing.as_ref().map_or(topology.epoch, |standing| standing.table);
+        let mut cfg = DsmConfig::new(plan.me, members, epoch, topology.memory.clone());
         cfg.deadline = deadline;
         cfg.reconnect = again;
         cfg.budget = plan.pages.budget;

@@ -6,8 +6,9 @@
 //! order.
 
 use super::event::MemberEvent;
+use super::fault;
 use super::machine::MemberMachine;
-use super::peers::Peers;
+use super::peers::{Door, Peers};
 use super::placement::Placement;
 use super::plan::{BootImages, MemberPlan, Origin};
 use super::ram::GuestRam;
@@ -29,11 +30,10 @@ use crate::kvm::vcpu::Vcpu;
 use crate::kvm::vm::{KvmError, Vm};
 use crate::time::discipline::{Discipline, SAME_FREQUENCY_PPM};
 use crate::time::tsc::{GuestClock, TscScale, needs_scaling};
-use crate::topology::Topology;
 use dsm::addr::MemberId;
 use dsm::node::{Dsm, DsmError};
 use dsm::transport::mesh::MeshError;
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -120,6 +120,7 @@ struct Parts {
     still: Vec<VcpuStill>,
     /// Runs of pages that are in the checkpoint's image.
     adopted: Vec<(u64, u32)>,
+    door: Option<Door>,
 }
 
 /// A member. Dropping it stops its vCPUs and joins its threads.
@@ -156,7 +157,8 @@ impl Member {
         events: Sender<MemberEvent>,
     ) -> Result<Member, MemberError> {
         let topology = Arc::new(plan.topology.clone());
-        check(&plan)?;
+        plan.check()?;
+        fault::at(plan.me, "join").map_err(MemberError::Plan)?;
         let deadline = plan.deadline.min(RUNNING_DEADLINE);
         let end = Instant::now() + plan.deadline;
         let mut peers = Peers::connect(&plan, listener)?;
@@ -168,18 +170,23 @@ impl Member {
             unsafe { vm.map(slot, *gpa, *len, *hva) }?;
         }
 
-        let again = peers.fabric_again();
+        let (again, door) = (peers.fabric_again(), peers.door());
         let fabric =
             Fabric::new(plan.me, topology.epoch, deadline, again, peers.fabric).map_err(start("a link"))?;
         let fabric = Arc::new(fabric);
-        let lives_here = |member: &MemberId| *member == plan.me;
+        let lives_here = |member: &MemberId| *member == plan.me && plan.standing.is_none();
+        let placement = Placement::new(&topology.vcpus);
+        if let Some(standing) = &plan.standing {
+            for (id, member) in (0u32..).zip(&standing.vcpus) {
+                placement.set(id, *member, standing.placement);
+            }
+        }
+        let vcpus = topology.vcpus.iter().filter(|member| lives_here(member)).count();
         let handles: Vec<_> = (0u32..)
             .zip(&topology.vcpus)
             .map(|(id, member)| Arc::new(VcpuHandle::new(id, lives_here(member))))
             .collect();
-        let members = u16::try_from(topology.members.len()).unwrap_or(u16::MAX);
-        let board =
-            Switchboard::new(plan.me, Placement::new(&topology.vcpus), members, handles, fabric.clone());
+        let board = Switchboard::new(plan.me, placement, handles, fabric.clone());
         let switchboard = Arc::new(board);
         let (happenings, happened) = channel();
         let (platform_tx, platform_rx) = channel();
@@ -196,7 +203,7 @@ impl Member {
             clock: clock.clone(),
             discipline: follows.then(|| Discipline::new(clock.clone())),
             happenings: happenings.clone(),
-            rest: Rest::new(topology.vcpus_of(plan.me).count(), ram.dsm().map(Dsm::handle)),
+            rest: Rest::new(vcpus, ram.dsm().map(Dsm::handle)),
             travels: Travels::default(),
         });
         let watch = Watch {
@@ -219,6 +226,7 @@ impl Member {
             running: false,
             still: Vec::new(),
             adopted: Vec::new(),
+            door,
         };
         let forward = happenings.clone();
         let forwarder = spawn("platform-events").spawn(move || {
@@ -484,6 +492,34 @@ impl Member {
         &self.fabric
     }
 
+    /// Connects with somebody who is to become a member.
+    ///
+    /// # Errors
+    /// It is not there by `end`, or the VM does not run.
+    pub(super) fn meet(&self, peer: MemberId, addr: SocketAddr, end: Instant) -> Result<(), String> {
+        let door = self.parts().door.clone().ok_or("the member has been stopped")?;
+        let failed = |e: &dyn std::fmt::Display| format!("can't connect with {peer} at {addr}: {e}");
+        let (pages, fabric) = door.meet(peer, addr, end).map_err(|e| failed(&e))?;
+        let machine = self.running_machine().ok_or("the guest does not run")?;
+        let dsm = self.with_ram(|ram| ram.dsm().map(Dsm::handle))?.ok_or("the memory is not shared")?;
+        // Of one that had the number before, and did not become a member.
+        dsm.disconnect(peer).map_err(|e| failed(&e))?;
+        dsm.connect(peer, pages).map_err(|e| failed(&e))?;
+        let threads = self.fabric.admit(peer, fabric, &machine).map_err(|e| failed(&e))?;
+        let mut parts = self.parts();
+        parts.fabric_threads.retain(|thread| !thread.is_finished());
+        parts.fabric_threads.extend(threads);
+        Ok(())
+    }
+
+    /// Nothing goes to or comes from this peer any more, which is no member.
+    pub(super) fn part(&self, peer: MemberId) {
+        if let Some(door) = self.parts().door.clone() {
+            door.part(peer);
+        }
+        self.fabric.part(peer);
+    }
+
     pub(super) fn clock(&self) -> &GuestClock {
         &self.clock
     }
@@ -535,33 +571,6 @@ fn retire_machine(machine: Arc<MemberMachine>) -> bool {
         Ok(thread) => join_within(&mut vec![thread], STOP_GRACE),
         Err(_) => false,
     }
-}
-
-fn check(plan: &MemberPlan) -> Result<(), MemberError> {
-    let Topology { members, vcpus, memory, .. } = &plan.topology;
-    let bad = |text: String| Err(MemberError::Plan(text));
-    for (n, member) in (0u16..).zip(members) {
-        if member.id != MemberId(n) {
-            return bad(format!("{} stands at place {n}", member.id));
-        }
-    }
-    let exists = |m: &MemberId| usize::from(m.0) < members.len();
-    if !exists(&plan.me) {
-        return bad(format!("there is no {}", plan.me));
-    }
-    if vcpus.first() != Some(&MemberId(0)) {
-        return bad("vCPU 0 must live on member 0".into());
-    }
-    if let Some(stray) = vcpus.iter().chain(memory.iter().map(|r| &r.home)).find(|m| !exists(m)) {
-        return bad(format!("vCPUs or memory on {stray}, which does not exist"));
-    }
-    if plan.cpuid.0.is_empty() {
-        return bad("no CPUID".into());
-    }
-    if plan.tsc_khz == 0 {
-        return bad("no TSC frequency".into());
-    }
-    Ok(())
 }
 
 fn is_software_kvm() -> bool {

@@ -29,8 +29,6 @@ const ROUNDS: u16 = 8;
 pub struct Switchboard {
     me: MemberId,
     placement: Placement,
-    /// Number of members.
-    members: u16,
     /// All vCPUs of the VM, by id.
     handles: Vec<Arc<VcpuHandle>>,
     ioapic: Option<Mutex<IoApic>>,
@@ -42,12 +40,11 @@ impl Switchboard {
     pub fn new(
         me: MemberId,
         placement: Placement,
-        members: u16,
         handles: Vec<Arc<VcpuHandle>>,
         fabric: Arc<Fabric>,
     ) -> Switchboard {
         let ioapic = (me == BOARD_MEMBER).then(Mutex::default);
-        Switchboard { me, placement, members, handles, ioapic, fabric }
+        Switchboard { me, placement, handles, ioapic, fabric }
     }
 
     /// The member with the IOAPIC.
@@ -147,9 +144,8 @@ impl Switchboard {
         if self.handles.iter().any(|v| v.deliver(message) == Delivery::Taken) {
             return (1, 0);
         }
-        if let Some(next) =
-            self.fabric.next_member().filter(|_| hops + 1 < self.members.saturating_mul(ROUNDS))
-        {
+        let members = u16::try_from(self.fabric.peers().count() + 1).unwrap_or(u16::MAX);
+        if let Some(next) = self.fabric.next_member().filter(|_| hops + 1 < members.saturating_mul(ROUNDS)) {
             let group = VcpuGroup::default();
             self.fabric.send(next, &Message::Interrupt { message: *message, group, hops: hops + 1 });
             return (0, 1);

@@ -6,7 +6,8 @@ use super::runtime::Member;
 use dsm::addr::MemberId;
 use dsm::node::{Dsm, DsmHandle, Evicted, HomeRun, Table};
 use serde::{Deserialize, Serialize};
-use std::time::Duration;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
 
 /// What the coordinator asks.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -37,6 +38,15 @@ pub enum TableTask {
     Part {
         /// Who; or, said to the one that leaves, all others.
         members: Vec<MemberId>,
+    },
+    /// Connect with somebody who is to become a member. Answer: `Done`.
+    Meet {
+        /// Its number.
+        member: MemberId,
+        /// Where it listens.
+        addr: SocketAddr,
+        /// Longest wait for it.
+        limit: Duration,
     },
     /// Ask your pages to go home, for so long. Answer: `Evicted`.
     Evict {
@@ -92,9 +102,13 @@ impl Member {
             TableTask::Part { members } => {
                 fault::at(me, "part")?;
                 for member in members.into_iter().filter(|member| *member != me) {
-                    self.fabric().part(member);
+                    self.part(member);
                     dsm.disconnect(member).map_err(|e| e.to_string())?;
                 }
+            }
+            TableTask::Meet { member, addr, limit } => {
+                fault::at(me, "meet")?;
+                self.meet(member, addr, Instant::now() + limit)?;
             }
             TableTask::Evict { limit } => {
                 fault::at(me, "evict")?;

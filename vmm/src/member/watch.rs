@@ -149,7 +149,7 @@ impl Watch {
 
     /// A member for people.
     fn name(&self, member: MemberId) -> String {
-        let desc = self.topology.members.get(usize::from(member.0));
+        let desc = self.topology.members.iter().find(|desc| desc.id == member);
         desc.map_or_else(|| member.to_string(), |d| format!("{member} ({} at {})", d.host, d.addr))
     }
 

@@ -48,6 +48,7 @@ fn plan(facts: &HostFacts, me: u16, topology: &Topology, pages: &PageTuning) -> 
         devices: vec![DeviceSpec::Serial { member: MemberId(0), log: None }],
         pages: pages.clone(),
         origin: Origin::default(),
+        standing: None,
         deadline: Duration::from_secs(20),
     }
 }

@@ -7,6 +7,7 @@ use dsm::addr::MemberId;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
 
 /// How often a member hears from an idle coordinator.
 const PING: Duration = Duration::from_secs(2);
@@ -29,6 +30,14 @@ pub struct Link {
     pub round_trip: Option<u64>,
     orders: mpsc::Sender<ToMember>,
     child: Option<ChildProcess>,
+    reader: AbortHandle,
+}
+
+impl Drop for Link {
+    /// Its number may be given to another member: what still comes is not from that one.
+    fn drop(&mut self) {
+        self.reader.abort();
+    }
 }
 
 impl Link {
@@ -43,7 +52,7 @@ impl Link {
     ) -> Link {
         let (mut read, mut write) = tokio::io::split(stream);
         let (orders, mut queue) = mpsc::channel::<ToMember>(64);
-        tokio::spawn(async move {
+        let reader = tokio::spawn(async move {
             loop {
                 let message = codec::recv::<FromMember>(&mut read).await;
                 let last = message.is_err();
@@ -52,6 +61,7 @@ impl Link {
                 }
             }
         });
+        let reader = reader.abort_handle();
         tokio::spawn(async move {
             loop {
                 let message = match tokio::time::timeout(PING, queue.recv()).await {
@@ -65,7 +75,7 @@ impl Link {
                 }
             }
         });
-        Link { id, host, round_trip, orders, child }
+        Link { id, host, round_trip, orders, child, reader }
     }
 
     /// Queues an order. A connection that takes none shows as a closed one, or by the missing answer.
@@ -85,8 +95,9 @@ impl Link {
 
     /// Sees its process off: waits for a child a little, then kills it. A member elsewhere is killed by its
     /// node when the connection closes.
-    pub async fn finish(self, grace: Duration) {
-        if let Some(child) = self.child {
+    pub async fn finish(mut self, grace: Duration) {
+        self.reader.abort();
+        if let Some(child) = self.child.take() {
             child.finish(grace).await;
         }
     }

@@ -16,7 +16,7 @@ use super::codec::{self, CodecError};
 use super::end::End;
 use super::host::Host;
 use super::member_task::{STOP_DEADLINE, Slot};
-use super::ops::drain::Farewell;
+use super::ops::office::Notice;
 use super::recovery::{self, Record, Recorder};
 use super::restore::{self, Opened, RestoreOrder};
 use super::shared::Shared;
@@ -94,8 +94,10 @@ struct Coordinator {
     inbox: mpsc::Receiver<Inbound>,
     inbox_tx: mpsc::Sender<Inbound>,
     counts: mpsc::Receiver<oneshot::Sender<()>>,
-    /// Members that leave, as long as the VM runs.
-    farewells: mpsc::Receiver<Farewell>,
+    /// Members that come and go, as long as the VM runs.
+    notices: mpsc::Receiver<Notice>,
+    /// What processes of members on this host are told first.
+    orders: Option<Inherit>,
     /// Those that have nothing any more and have not ended yet.
     leaving: Vec<(Link, Option<oneshot::Sender<()>>)>,
 }
@@ -240,7 +242,7 @@ async fn launched(
     };
     let ear = Ear::new(read, shared.clone());
     shared.ops().record(recorder(&around.root, &spec));
-    let (office, farewells) = mpsc::channel(4);
+    let (office, notices) = mpsc::channel(4);
     shared.ops().open_office(office);
     super::child::on_termination({
         let shared = Arc::downgrade(&shared);
@@ -261,7 +263,8 @@ async fn launched(
         launcher: launcher.clone(),
         links: Vec::new(),
         gone: Vec::new(),
-        farewells,
+        notices,
+        orders: None,
         leaving: Vec::new(),
         inbox,
         inbox_tx,

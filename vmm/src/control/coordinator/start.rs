@@ -9,6 +9,7 @@ use crate::control::codec::{self, Json};
 use crate::control::crew::Crew;
 use crate::control::end::End;
 use crate::control::ops::checkpoint::Blueprint;
+use crate::control::ops::recruit::Recruiter;
 use crate::control::ops::table::Roster;
 use crate::control::ops::{OpError, Turn, pause};
 use crate::control::restore::{self, Identity, Machine, Opened};
@@ -77,7 +78,31 @@ impl Coordinator {
         self.shared.placed(&topology);
         let members = topology.members.iter().map(|m| m.id).collect();
         let table = Table { epoch: topology.epoch, memory: topology.memory.clone(), members };
-        self.shared.ops().set_roster(Roster { table, devices: self.devices() });
+        self.shared.ops().set_roster(Roster {
+            table,
+            devices: self.devices(),
+            hosts: (0u16..).map(MemberId).zip(self.spec.members.iter().map(|m| m.host.clone())).collect(),
+        });
+        let has_engine =
+            topology.members.len() > 1 || self.spec.pages.always || !matches!(source, Source::Boot(_));
+        if let (Some(orders), Some(first)) = (self.orders.clone(), ready.first()) {
+            self.shared.ops().recruit_with(Recruiter {
+                vm: self.spec.name.clone(),
+                spawner: self.spawner.clone(),
+                orders,
+                node_secret: self.inherit.secret.clone().map(Secret::from_bytes),
+                is_private: self.inherit.secret.is_none() && !self.spec.uses_nodes(),
+                inbox: self.inbox_tx.clone(),
+                nonce,
+                silence: self.patience(),
+                limit,
+                pages: self.spec.pages.clone(),
+                common: common.clone(),
+                first: (first.host.clone(), first.facts.clone()),
+                topology: topology.clone(),
+                has_engine,
+            });
+        }
         for link in &self.links {
             let plan = MemberPlan {
                 vm: self.spec.name.clone(),
@@ -92,6 +117,7 @@ impl Coordinator {
                     Source::Boot(_) => Origin::Boot,
                     Source::Checkpoint(opened) => Origin::Checkpoint { tsc: opened.manifest.machine.tsc },
                 },
+                standing: None,
                 deadline: limit,
             };
             link.order(ToMember::Join(Json(Box::new(plan))));
@@ -275,6 +301,7 @@ impl Coordinator {
     /// Connects to every member; returns the address at which this host is reached by the others.
     async fn connect_all(&mut self) -> Result<Option<IpAddr>, End> {
         let local_secret = Secret::random();
+        self.orders = Some(self.member_inherit(&local_secret));
         let mut bind = None;
         let specs = self.spec.members.clone();
         for (id, member) in (0u16..).map(MemberId).zip(&specs) {

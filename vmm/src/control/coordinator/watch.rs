@@ -4,7 +4,7 @@ use super::Coordinator;
 use super::link::Link;
 use crate::control::codec::{CodecError, Json};
 use crate::control::end::End;
-use crate::control::ops::drain::Farewell;
+use crate::control::ops::office::Notice;
 use crate::control::wire::{FromMember, ToMember};
 use crate::member::{MemberEvent, VmExit};
 use dsm::addr::MemberId;
@@ -88,13 +88,19 @@ impl Coordinator {
                     }
                     self.ask(&mut asked);
                 }
-                Some(farewell) = self.farewells.recv() => match farewell {
-                    Farewell::Excuse(id) => {
+                Some(notice) = self.notices.recv() => match notice {
+                    Notice::Excuse(id) => {
                         heard.remove(&id);
                         answered.remove(&id);
                         self.excuse(id);
                     }
-                    Farewell::Dismiss(id, done) => self.dismiss(id, done),
+                    Notice::Dismiss(id, done) => self.dismiss(id, done),
+                    Notice::Admit(link, done) => {
+                        heard.insert(link.id, Instant::now());
+                        answered.insert(link.id, asked);
+                        self.admit(link);
+                        let _ = done.send(());
+                    }
                 },
                 Some(done) = self.counts.recv() => {
                     self.ask(&mut asked);
@@ -113,6 +119,15 @@ impl Coordinator {
 
     fn link(&self, id: MemberId) -> Option<&Link> {
         self.links.iter().find(|link| link.id == id)
+    }
+
+    /// There is one more member.
+    fn admit(&mut self, link: Link) {
+        self.gone.retain(|gone| *gone != link.id);
+        // One that had the number before, and has not ended in time.
+        self.leaving.retain(|(old, _)| old.id != link.id);
+        self.links.push(link);
+        self.links.sort_by_key(|link| link.id);
     }
 
     /// This member has nothing any more.
@@ -209,6 +224,8 @@ impl Coordinator {
         id: MemberId,
         message: Result<FromMember, CodecError>,
     ) -> Option<(Rank, End)> {
+        // Of one that leaves it is no news.
+        self.link(id)?;
         if is_last(&message) {
             // A connection that closes after a last word is no news.
             if self.gone.contains(&id) {
@@ -268,6 +285,6 @@ impl Coordinator {
 }
 
 /// True for what a member says last, and for the end of its connection.
-pub(super) fn is_last(message: &Result<FromMember, CodecError>) -> bool {
+pub(in crate::control) fn is_last(message: &Result<FromMember, CodecError>) -> bool {
     matches!(message, Err(_) | Ok(FromMember::Stopped | FromMember::Unfit { .. } | FromMember::Failed { .. }))
 }

@@ -139,7 +139,7 @@ pub async fn checkpoint(
     // A VM that is to end does not go on only to be stopped, unless there is no checkpoint.
     let is_over = body.stop && cut.is_ok();
     if !was_paused && !is_over {
-        go_on(turn, limit).await?;
+        pause::go_on(turn, limit, "a checkpoint").await?;
     }
     let pause_ms = since.elapsed().as_secs_f64() * 1e3;
     let (saved, members) = cut?;
@@ -165,7 +165,7 @@ pub async fn checkpoint(
         Ok(done) => done,
         Err(e) => {
             if body.stop && !was_paused {
-                go_on(turn, limit).await?;
+                pause::go_on(turn, limit, "a checkpoint").await?;
             }
             return Err(e);
         }
@@ -184,19 +184,6 @@ pub async fn checkpoint(
         removed,
         warnings,
     })
-}
-
-/// Lets the guest go on; if a member does not, the VM is paused, and says so.
-async fn go_on(turn: &Turn, limit: Duration) -> Result<(), OpError> {
-    let gone_on = pause::release(turn, limit).await;
-    if let Err(e) = &gone_on {
-        if let Some(reason) = turn.shared().loss() {
-            return Err(OpError::Failed(reason));
-        }
-        turn.shared().paused(Some(format!("after a checkpoint it did not go on: {e}")));
-        return Err(OpError::Failed(format!("{e}: the VM is paused, try `spanvm resume`")));
-    }
-    gone_on
 }
 
 /// Opens the folder; if its newest checkpoint is the one that an incremental one may build on, says so.

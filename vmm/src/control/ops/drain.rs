@@ -10,6 +10,7 @@
 //!
 //! From the moment at which it has nothing any more, whatever happens to its process harms nobody.
 
+use super::office::Notice;
 use super::table::{self, ask, ask_each};
 use super::{OpError, Turn, moves, pause};
 use crate::devices::DeviceSpec;
@@ -25,15 +26,6 @@ const STEP: Duration = Duration::from_millis(250);
 const STALL: Duration = Duration::from_secs(30);
 /// Longest wait for the process of a member that has left.
 const FAREWELL: Duration = Duration::from_secs(15);
-
-/// Who leaves, told to the coordinator.
-#[derive(Debug)]
-pub enum Farewell {
-    /// It has nothing any more: its end is no news.
-    Excuse(MemberId),
-    /// End its process; say when it has ended.
-    Dismiss(MemberId, oneshot::Sender<()>),
-}
 
 /// How far an operation on members is.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -91,7 +83,7 @@ fn ms(time: Duration) -> f64 {
 }
 
 /// What can be said before anything is done.
-fn check(turn: &Turn, member: MemberId) -> Result<(), OpError> {
+pub(super) fn check(turn: &Turn, member: MemberId) -> Result<(), OpError> {
     let refused = |what: String| Err(OpError::Refused(what));
     let Some(roster) = turn.shared().ops().roster() else {
         return refused("the VM is still starting".into());
@@ -146,8 +138,10 @@ async fn attempt(
         send_vcpus(turn, member, limit, report).await?;
         wanted(turn)?;
         step(turn, "its homes go to the others");
-        let paused = table::change(turn, roster.without_homes_at(member), members.clone()).await?;
-        report.pauses_ms[0] = ms(paused);
+        let memory = roster.without_homes_at(&[member]);
+        if memory != old {
+            report.pauses_ms[0] = ms(table::change(turn, memory, members.clone()).await?);
+        }
         wanted(turn)?;
         evict(turn, member, report).await?;
         wanted(turn)?;
@@ -164,12 +158,12 @@ async fn attempt(
     farewell(turn, member, &members).await
 }
 
-fn step(turn: &Turn, what: &str) {
+pub(super) fn step(turn: &Turn, what: &str) {
     turn.shared().ops().progress(|p| p.step = what.into());
 }
 
 /// Nobody has cancelled it.
-fn wanted(turn: &Turn) -> Result<(), OpError> {
+pub(super) fn wanted(turn: &Turn) -> Result<(), OpError> {
     if turn.shared().ops().is_cancelled() { Err(OpError::Refused("cancelled".into())) } else { Ok(()) }
 }
 
@@ -282,8 +276,7 @@ async fn undo(
 /// It has nothing any more and is no member: it is let go.
 async fn farewell(turn: &Turn, member: MemberId, members: &[MemberId]) -> Result<(), OpError> {
     let ops = turn.shared().ops();
-    let tell = |farewell| ops.tell_office(farewell);
-    tell(Farewell::Excuse(member)).await;
+    ops.tell_office(Notice::Excuse(member)).await;
     let rest: Vec<MemberId> = members.iter().copied().filter(|m| *m != member).collect();
     // Who does not do this keeps a link that leads nowhere: no harm in that. The one that leaves may be gone already.
     let mut parts: Vec<_> =
@@ -294,8 +287,12 @@ async fn farewell(turn: &Turn, member: MemberId, members: &[MemberId]) -> Result
     }
     turn.crew()?.dismiss(member);
     turn.shared().left(member);
+    if let Some(mut roster) = ops.roster() {
+        roster.hosts.retain(|(id, _)| *id != member);
+        ops.set_roster(roster);
+    }
     let (done, wait) = oneshot::channel();
-    tell(Farewell::Dismiss(member, done)).await;
+    ops.tell_office(Notice::Dismiss(member, done)).await;
     if tokio::time::timeout(FAREWELL, wait).await.is_err() {
         tracing::warn!("the process of {member} has not ended in time");
     }

@@ -1,12 +1,16 @@
-//! What can be done to a running VM as a whole, one thing at a time: [`pause`], [`moves`], [`drain`].
+//! What can be done to a running VM as a whole, one thing at a time: [`pause`], [`moves`], [`drain`], [`add`].
 //!
 //! An operation takes its [`Turn`] first; while one is under way all others are refused with its name, so none ever
 //! sees another half done. Operations run as tasks of their own: a client that goes away does not leave one half done.
 
+pub mod add;
 pub mod checkpoint;
 pub mod drain;
 pub mod moves;
+pub mod office;
 pub mod pause;
+pub mod recruit;
+pub mod relocate;
 pub mod table;
 
 use super::crew::{AskError, Crew};
@@ -59,7 +63,8 @@ pub struct Ops {
     progress: Mutex<drain::Progress>,
     /// Somebody wants an operation on members undone.
     cancelled: AtomicBool,
-    office: OnceLock<mpsc::Sender<drain::Farewell>>,
+    office: OnceLock<mpsc::Sender<office::Notice>>,
+    recruiter: OnceLock<recruit::Recruiter>,
 }
 
 impl Ops {
@@ -74,17 +79,14 @@ impl Ops {
         self.crew.get()
     }
 
-    /// Where the coordinator hears who leaves.
-    pub fn open_office(&self, office: mpsc::Sender<drain::Farewell>) {
+    /// What members that come later need to know of the start.
+    pub fn recruit_with(&self, recruiter: recruit::Recruiter) {
         // Once, at the start.
-        let _ = self.office.set(office);
+        let _ = self.recruiter.set(recruiter);
     }
 
-    async fn tell_office(&self, farewell: drain::Farewell) {
-        if let Some(office) = self.office.get() {
-            // A coordinator that does not listen any more ends the VM.
-            let _ = office.send(farewell).await;
-        }
+    fn recruiter(&self) -> Option<&recruit::Recruiter> {
+        self.recruiter.get()
     }
 
     /// Who is in the VM; `None` while it starts.
@@ -126,7 +128,7 @@ impl Ops {
     pub fn cancel(&self) -> Result<String, OpError> {
         let what = self.progress_now().what;
         if what.is_empty() {
-            return Err(OpError::Refused("no drain is under way".into()));
+            return Err(OpError::Refused("no drain is under way, and nobody is being added".into()));
         }
         self.cancelled.store(true, Ordering::SeqCst);
         Ok(what)
@@ -139,6 +141,11 @@ impl Ops {
     /// So many placement epochs that nobody else has; returns the first.
     fn next_epochs(&self, count: u64) -> u64 {
         self.epochs.fetch_add(count, Ordering::SeqCst) + 1
+    }
+
+    /// The last one that was given away; 0 for none.
+    fn last_epoch(&self) -> u64 {
+        self.epochs.load(Ordering::SeqCst)
     }
 
     /// What checkpoints say of this VM; known before the guest runs.

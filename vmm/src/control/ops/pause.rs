@@ -170,6 +170,19 @@ pub async fn release(turn: &Turn, limit: Duration) -> Result<(), OpError> {
     Ok(())
 }
 
+/// As [`release`], at the end of an operation: if a member does not go on, the VM is paused, and says so.
+///
+/// # Errors
+/// A member did not answer, and is named.
+pub async fn go_on(turn: &Turn, limit: Duration, operation: &str) -> Result<(), OpError> {
+    let Err(e) = release(turn, limit).await else { return Ok(()) };
+    if let Some(reason) = turn.shared().loss() {
+        return Err(OpError::Failed(reason));
+    }
+    turn.shared().paused(Some(format!("after {operation} it did not go on: {e}")));
+    Err(OpError::Failed(format!("{e}: the VM is paused, try `spanvm resume`")))
+}
+
 /// While the VM is paused: no page moves any more, until [`free_memory`] or [`release`].
 ///
 /// # Errors

@@ -15,6 +15,7 @@
 //! If a member does not take the table, all are given the old one again, under a newer number.
 
 use super::{OpError, Turn, odd, pause};
+use crate::config::HostPort;
 use crate::control::crew::{GRACE, join_all};
 use crate::control::end::End;
 use crate::devices::DeviceSpec;
@@ -36,35 +37,92 @@ pub struct Roster {
     pub table: Table,
     /// All devices, with their members.
     pub devices: Vec<DeviceSpec>,
+    /// Where each member is: its node daemon, or the coordinator's own host.
+    pub hosts: Vec<(MemberId, Option<HostPort>)>,
 }
 
 impl Roster {
-    /// The same memory, without homes at `member`: each of its ranges is dealt out to all others.
-    pub fn without_homes_at(&self, member: MemberId) -> Vec<HomeRange> {
-        let others: Vec<MemberId> = self.table.members.iter().copied().filter(|m| *m != member).collect();
+    fn memory_of(&self, member: MemberId) -> u64 {
+        self.table.memory.iter().filter(|range| range.home == member).map(|range| range.len).sum()
+    }
+
+    /// The same memory, with homes at `newcomer`, which has none: each member gives the last part of what it has, so that all
+    /// have as much. At most one range more per member.
+    pub fn with_homes_at(&self, newcomer: MemberId) -> Vec<HomeRange> {
+        let shares = self.table.members.len() as u64 + 1;
+        let mut gives: Vec<(MemberId, u64)> = self
+            .table
+            .members
+            .iter()
+            .map(|member| (*member, share(self.memory_of(*member), shares)))
+            .collect();
         let mut memory: Vec<HomeRange> = Vec::new();
-        let mut add = |range: HomeRange| match memory.last_mut() {
-            Some(last) if last.end() == range.start && last.home == range.home => last.len += range.len,
-            _ => memory.push(range),
-        };
+        let mut parts = Vec::new();
+        for range in self.table.memory.iter().rev() {
+            let left = gives.iter_mut().find(|(member, _)| *member == range.home);
+            let given = left.map_or(0, |(_, left)| {
+                let given = range.len.min(*left);
+                *left -= given;
+                given
+            });
+            parts.push(HomeRange { start: range.end() - given, len: given, home: newcomer });
+            parts.push(HomeRange { len: range.len - given, ..*range });
+        }
+        parts.into_iter().rev().for_each(|part| push(&mut memory, part));
+        memory
+    }
+
+    /// The same memory, without homes at these members: what they have is dealt out to all others, first to the one before it.
+    /// So who is added and leaves again leaves no more ranges than there were.
+    pub fn without_homes_at(&self, leaving: &[MemberId]) -> Vec<HomeRange> {
+        let stay = self.table.members.iter().filter(|member| !leaving.contains(member));
+        let mut takes: Vec<(MemberId, u64)> = stay.map(|member| (*member, 0)).collect();
+        let (total, shares) =
+            (leaving.iter().map(|member| self.memory_of(*member)).sum::<u64>(), takes.len() as u64);
+        if shares == 0 {
+            return self.table.memory.clone();
+        }
+        takes.iter_mut().for_each(|(_, left)| *left = share(total, shares));
+        if let Some((_, left)) = takes.last_mut() {
+            *left += total - share(total, shares) * shares;
+        }
+        let mut memory: Vec<HomeRange> = Vec::new();
         for range in &self.table.memory {
-            if range.home != member || others.is_empty() {
-                add(*range);
+            if !leaving.contains(&range.home) {
+                push(&mut memory, *range);
                 continue;
             }
-            let shares = others.len() as u64;
-            let unit = if range.len >= GRAIN * shares { GRAIN } else { dsm::addr::PAGE_SIZE };
-            let share = (range.len / shares / unit * unit).max(unit);
             let mut start = range.start;
-            for (n, home) in (1..).zip(&others) {
-                let end = if n == shares { range.end() } else { range.end().min(start + share) };
-                if start < end {
-                    add(HomeRange { start, len: end - start, home: *home });
-                }
-                start = end;
+            while start < range.end() {
+                let before = memory.last().filter(|last| last.end() == start).map(|last| last.home);
+                let neighbour = takes.iter().position(|(member, left)| Some(*member) == before && *left > 0);
+                let most = || (0..takes.len()).max_by_key(|at| takes.get(*at).map(|(_, left)| *left));
+                let Some((home, left)) = neighbour.or_else(most).and_then(|at| takes.get_mut(at)) else {
+                    break;
+                };
+                // All together take all, so there is something left.
+                let len = (range.end() - start).min((*left).max(dsm::addr::PAGE_SIZE));
+                *left = left.saturating_sub(len);
+                push(&mut memory, HomeRange { start, len, home: *home });
+                start += len;
             }
         }
         memory
+    }
+}
+
+/// One of so many shares, in large pieces where it is large.
+fn share(len: u64, shares: u64) -> u64 {
+    let unit = if len >= GRAIN * shares { GRAIN } else { dsm::addr::PAGE_SIZE };
+    len / shares / unit * unit
+}
+
+/// Puts a range behind the others, as a part of the last where it can be.
+fn push(memory: &mut Vec<HomeRange>, range: HomeRange) {
+    match memory.last_mut() {
+        _ if range.len == 0 => {}
+        Some(last) if last.end() == range.start && last.home == range.home => last.len += range.len,
+        _ => memory.push(range),
     }
 }
 
@@ -83,18 +141,26 @@ pub async fn change(
     let start = Instant::now();
     pause::quiesce(turn, pause::LIMIT).await?;
     let changed = under_pause(turn, &old, &next).await;
-    let crew = turn.crew()?;
-    let released = crew.ask_all(&MemberTask::ReleaseMemory, GRACE).await;
-    pause::release(turn, pause::LIMIT).await?;
+    if changed.is_err() {
+        // The VM goes on without those that it does not know; they may be what failed.
+        let crew = turn.crew()?;
+        newcomers(&old, &next).for_each(|newcomer| crew.dismiss(newcomer));
+    }
+    let gone_on = pause::go_on(turn, pause::LIMIT, "a change of members").await;
     changed?;
-    released?;
+    gone_on?;
     Ok(start.elapsed())
 }
 
+/// Who is in the next table only.
+fn newcomers<'a>(old: &Table, next: &'a Table) -> impl Iterator<Item = MemberId> + use<'a> {
+    let known = old.members.clone();
+    next.members.iter().copied().filter(move |member| !known.contains(member))
+}
+
 async fn under_pause(turn: &Turn, old: &Table, next: &Table) -> Result<(), OpError> {
-    let crew = turn.crew()?;
     for _ in 0..2 {
-        crew.ask_all(&MemberTask::QuietMemory { limit: pause::LIMIT }, pause::LIMIT + GRACE).await?;
+        pause::quiet_memory(turn, pause::LIMIT).await?;
     }
     let moves = moves(&old.memory, &next.memory);
     for heir in &next.members {
@@ -109,9 +175,9 @@ async fn under_pause(turn: &Turn, old: &Table, next: &Table) -> Result<(), OpErr
     }
     // What has changed since the last checkpoint is noted by home.
     turn.shared().ops().set_base(None);
-    if let Err(e) = give(turn, next).await {
+    if let Err(e) = give_all(turn, old, next).await {
         let back = Table { epoch: Epoch(next.epoch.0 + 1), ..old.clone() };
-        if let Err(worse) = give(turn, &back).await {
+        if let Err(worse) = give(turn, &back, &old.members).await {
             // Members disagree on who serialises a page: nobody may go on.
             let text = format!("{e}; and the members could not be given the old table again: {worse}");
             turn.shared().stop(End::Failed(text.clone()));
@@ -124,10 +190,16 @@ async fn under_pause(turn: &Turn, old: &Table, next: &Table) -> Result<(), OpErr
     Ok(())
 }
 
-async fn give(turn: &Turn, table: &Table) -> Result<(), OpError> {
+/// Newcomers first: if one of them fails, nobody knows of it.
+async fn give_all(turn: &Turn, old: &Table, next: &Table) -> Result<(), OpError> {
+    let newcomers: Vec<_> = newcomers(old, next).collect();
+    give(turn, next, &newcomers).await?;
+    give(turn, next, &old.members).await
+}
+
+async fn give(turn: &Turn, table: &Table, to: &[MemberId]) -> Result<(), OpError> {
     let task = |member: &MemberId| (*member, TableTask::Change { table: table.clone() });
-    let members: Vec<MemberId> = turn.crew()?.members().collect();
-    ask_each(turn, members.iter().map(task).collect()).await
+    ask_each(turn, to.iter().map(task).collect()).await
 }
 
 /// Tells the heir of a range what its home knows of it.
@@ -176,7 +248,7 @@ fn moves(old: &[HomeRange], new: &[HomeRange]) -> Vec<(HomeRange, MemberId)> {
 /// It said no, or nothing.
 pub(super) async fn ask(turn: &Turn, member: MemberId, task: TableTask) -> Result<TableReply, OpError> {
     let limit = match &task {
-        TableTask::Evict { limit } => *limit + pause::LIMIT,
+        TableTask::Evict { limit } | TableTask::Meet { limit, .. } => *limit + pause::LIMIT,
         _ => pause::LIMIT,
     };
     match turn.crew()?.ask(member, MemberTask::Table(task), limit + GRACE).await? {
@@ -204,20 +276,47 @@ mod tests {
 
     fn roster(memory: Vec<HomeRange>, members: u16) -> Roster {
         let members = (0..members).map(MemberId).collect();
-        Roster { table: Table { epoch: Epoch(1), memory, members }, devices: Vec::new() }
+        Roster { table: Table { epoch: Epoch(1), memory, members }, devices: Vec::new(), hosts: Vec::new() }
     }
 
     #[test]
     fn homes_are_dealt_out_to_all_others() {
         let roster = roster(vec![range(0, 8, 0), range(8, 8, 1), range(100, 1, 1), range(101, 8, 2)], 3);
-        let memory = roster.without_homes_at(MemberId(1));
+        let memory = roster.without_homes_at(&[MemberId(1)]);
         assert!(memory.iter().all(|r| r.home != MemberId(1)));
         let sum: u64 = memory.iter().map(|r| r.len).sum();
         assert_eq!(sum, 25 << 20);
-        assert_eq!(memory[..2], [range(0, 12, 0), range(12, 4, 2)]);
-        assert_eq!(memory[2].home, MemberId(0));
-        assert_eq!(memory[3].end(), 109 << 20);
-        assert!(memory.windows(2).all(|pair| pair[0].end() <= pair[1].start));
+        assert_eq!(memory, [range(0, 12, 0), range(12, 4, 2), range(100, 9, 2)]);
+        assert_eq!(roster.without_homes_at(&[MemberId(0), MemberId(2), MemberId(1)]), roster.table.memory);
+    }
+
+    #[test]
+    fn a_newcomer_gets_as_much_as_the_others_keep() {
+        let before = roster(vec![range(0, 12, 0), range(100, 12, 1)], 2);
+        let memory = before.with_homes_at(MemberId(2));
+        assert_eq!(memory, [range(0, 8, 0), range(8, 4, 2), range(100, 8, 1), range(108, 4, 2)]);
+    }
+
+    #[test]
+    fn members_that_come_and_go_leave_no_more_ranges_behind() {
+        let start =
+            vec![range(0, 96, 0), range(96, 3, 1), range(120, 93, 1), range(213, 1, 2), range(214, 95, 2)];
+        let mut now = roster(start, 3);
+        for round in 0..100 {
+            // All in turn, as when hosts are updated one after the other.
+            let member = MemberId(1 + round % 2);
+            now.table.memory = now.without_homes_at(&[member]);
+            now.table.members.retain(|m| *m != member);
+            assert_eq!(now.memory_of(member), 0);
+            now.table.memory = now.with_homes_at(member);
+            now.table.members.push(member);
+            now.table.members.sort_unstable();
+            let homes: Vec<u64> = (0..3).map(|m| now.memory_of(MemberId(m)) >> 20).collect();
+            assert_eq!(homes.iter().sum::<u64>(), 288, "round {round}");
+            assert!(homes.iter().all(|mib| (90..=102).contains(mib)), "round {round}: {homes:?}");
+            assert!(now.table.memory.windows(2).all(|pair| pair[0].end() <= pair[1].start));
+            assert!(now.table.memory.len() <= 12, "round {round}: {:?}", now.table.memory);
+        }
     }
 
     #[test]
