@@ -214,7 +214,7 @@ fn measure_floor(opts: ContendOptions, launcher: Launcher<'_>) -> Result<Floor, 
     peer.ask(&Order::Echo(addr), PATIENCE)?;
     let (mut stream, _) = listener.accept().map_err(io_step("the peer did not connect"))?;
     let mut rtt = round_trips(&mut stream, 2000)?;
-    let (mut uffd, _) = local_faults(2000)?;
+    let mut uffd = local_faults(2000)?.read;
     Ok(Floor { alone_us: median(&mut alone), move_us: percentile(&mut rtt, 50) + percentile(&mut uffd, 50) })
 }
 

@@ -138,7 +138,7 @@ fn measure(
 ) -> Result<Run, BenchError> {
     let len = u64::from(opts.pages) * PAGE_SIZE;
     let count = usize::try_from(opts.pages).unwrap_or(usize::MAX);
-    let (_, mut wp) = local_faults(opts.pages)?;
+    let mut wp = local_faults(opts.pages)?.protected;
     let mut rtt_all = fan_out(streams, count)?;
     let mut rtt_one = fan_out(streams.get_mut(..1).unwrap_or(&mut []), count)?;
     let mut one = write_shared(group, 1, gpa, len)?;
@@ -148,7 +148,7 @@ fn measure(
     // The floor again, so that a disturbance at one moment does not make it look high or low.
     rtt_all.extend(fan_out(streams, count)?);
     rtt_one.extend(fan_out(streams.get_mut(..1).unwrap_or(&mut []), count)?);
-    wp.extend(local_faults(opts.pages)?.1);
+    wp.extend(local_faults(opts.pages)?.protected);
     let floor = Floor {
         wp_us: percentile(&mut wp, 50),
         rtt_one_us: percentile(&mut rtt_one, 50),

@@ -39,6 +39,8 @@ impl Default for FaultOptions {
 pub struct Floor {
     /// A fault on an absent page that a thread of the process fills at once.
     pub uffd_us: f64,
+    /// The same for a write: before it asks anybody the kernel makes a page ready that it then does not need.
+    pub uffd_write_us: f64,
     /// 64 bytes there, 4096 back, over TCP on loopback between two processes.
     pub rtt_us: f64,
     /// A write to a protected page that a thread of the process unprotects at once.
@@ -54,7 +56,7 @@ pub struct Cost {
     pub p99_us: f64,
 }
 
-/// p50 over the floor: uffd (for an upgrade wp) plus one round trip.
+/// p50 over the floor: uffd (for a write uffd_write, for an upgrade wp) plus one round trip.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Ratios {
     /// Of a read fault.
@@ -88,15 +90,16 @@ pub struct FaultReport {
 
 impl fmt::Display for FaultReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Floor { uffd_us, rtt_us, wp_us } = self.floor;
+        let Floor { uffd_us, uffd_write_us, rtt_us, wp_us } = self.floor;
         writeln!(
             f,
-            "floor    local fault {uffd_us:.1} us, write-protect fault {wp_us:.1} us, round trip {rtt_us:.1} us"
+            "floor    local fault: read {uffd_us:.1} us, write {uffd_write_us:.1} us, write-protected {wp_us:.1} us; \
+             round trip {rtt_us:.1} us"
         )?;
         writeln!(f, "{:<8} {:>9} {:>9} {:>9} {:>7}", "fault", "p50 us", "p99 us", "floor us", "ratio")?;
         for (name, cost, floor, ratio) in [
             ("read", self.read, uffd_us + rtt_us, self.ratio.read),
-            ("write", self.write, uffd_us + rtt_us, self.ratio.write),
+            ("write", self.write, uffd_write_us + rtt_us, self.ratio.write),
             ("upgrade", self.upgrade, wp_us + rtt_us, self.ratio.upgrade),
         ] {
             writeln!(f, "{name:<8} {:>9.1} {:>9.1} {floor:>9.1} {ratio:>7.2}", cost.p50_us, cost.p99_us)?;
@@ -161,7 +164,7 @@ pub fn run(
         let awake = opts.tuning.is_pinned.then(super::cpus::Awake::start);
         let count = usize::try_from(opts.pages).unwrap_or(usize::MAX);
         let mut rtt = round_trips(&mut stream, count)?;
-        let (mut uffd, mut wp) = local_faults(opts.pages)?;
+        let mut local = local_faults(opts.pages)?;
         // The peer writes, so that it has every page; then this process reads, upgrades, gives back, and writes.
         let give = |group: &mut Group, value| {
             let pages = u64::from(opts.pages / 2) * 2;
@@ -174,20 +177,19 @@ pub fn run(
         let mut write = touch(&group, 0, 2 * half, true);
         // The floor again, so that a disturbance at one moment does not make it look high or low.
         rtt.extend(round_trips(&mut stream, count)?);
-        let (again, wp_again) = local_faults(opts.pages)?;
-        uffd.extend(again);
-        wp.extend(wp_again);
+        local.extend(local_faults(opts.pages)?);
 
         let floor = Floor {
-            uffd_us: percentile(&mut uffd, 50),
+            uffd_us: percentile(&mut local.read, 50),
+            uffd_write_us: percentile(&mut local.write, 50),
             rtt_us: percentile(&mut rtt, 50),
-            wp_us: percentile(&mut wp, 50),
+            wp_us: percentile(&mut local.protected, 50),
         };
         let costs = [&mut read, &mut write, &mut upgrade]
             .map(|s| Cost { p50_us: percentile(s, 50), p99_us: percentile(s, 99) });
         let [r, w, u] = costs.map(|c| c.p50_us);
-        let (missing, protected) = (floor.uffd_us + floor.rtt_us, floor.wp_us + floor.rtt_us);
-        runs.push(Run { floor, costs, ratios: [r / missing, w / missing, u / protected] });
+        let floors = [floor.uffd_us, floor.uffd_write_us, floor.wp_us].map(|local| local + floor.rtt_us);
+        runs.push(Run { floor, costs, ratios: [r / floors[0], w / floors[1], u / floors[2]] });
         is_awake &= awake.is_some_and(|awake| awake.is_on());
         progress(n + 1, opts.runs);
     }
@@ -221,6 +223,7 @@ fn report(runs: &[Run], is_pinned: bool, is_awake: bool) -> FaultReport {
         bench: "fault".into(),
         floor: Floor {
             uffd_us: middle(&|r| r.floor.uffd_us),
+            uffd_write_us: middle(&|r| r.floor.uffd_write_us),
             rtt_us: middle(&|r| r.floor.rtt_us),
             wp_us: middle(&|r| r.floor.wp_us),
         },

@@ -3,7 +3,7 @@
 use super::{BenchError, io_step};
 use crate::addr::{HomeRange, MemberId, PAGE_SIZE};
 use crate::layout::{Layout, Page};
-use crate::region::{Region, RegionError};
+use crate::region::{Kernel, Region, RegionError, Wake};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
@@ -92,10 +92,29 @@ pub fn pour(mut stream: TcpStream, len: u64) {
     }
 }
 
-/// Times page faults that a thread of this process answers at once: first a read of an absent page, then a write to
-/// each page, now write-protected.
-pub fn local_faults(count: u32) -> Result<(Samples, Samples), BenchError> {
-    let bytes = u64::from(count) * PAGE_SIZE;
+/// Page faults that a thread of the process answers at once.
+#[derive(Debug, Default)]
+pub struct LocalFaults {
+    /// Reads of absent pages.
+    pub read: Samples,
+    /// Writes to pages that are there, write-protected.
+    pub protected: Samples,
+    /// Writes to absent pages.
+    pub write: Samples,
+}
+
+impl LocalFaults {
+    /// Adds those of another run.
+    pub fn extend(&mut self, other: LocalFaults) {
+        self.read.extend(other.read);
+        self.protected.extend(other.protected);
+        self.write.extend(other.write);
+    }
+}
+
+/// Times `count` faults of each kind.
+pub fn local_faults(count: u32) -> Result<LocalFaults, BenchError> {
+    let bytes = u64::from(count) * 2 * PAGE_SIZE;
     let layout = Layout::new(&[HomeRange { start: 0, len: bytes, home: MemberId(0) }])
         .map_err(|_| BenchError::Options("the number of pages must be positive"))?;
     let region = Region::new(&layout, 1)?;
@@ -103,8 +122,8 @@ pub fn local_faults(count: u32) -> Result<(Samples, Samples), BenchError> {
     thread::scope(|scope| {
         let handler = scope.spawn(|| handle(&region, &stop));
         let memory = region.memory();
-        let timed = |write: bool| -> Samples {
-            (0..u64::from(count))
+        let timed = |first: u32, write: bool| -> Samples {
+            (u64::from(first)..u64::from(first) + u64::from(count))
                 .filter_map(|n| {
                     let word = memory.u64_at(n * PAGE_SIZE)?;
                     let start = Instant::now();
@@ -117,11 +136,12 @@ pub fn local_faults(count: u32) -> Result<(Samples, Samples), BenchError> {
                 })
                 .collect()
         };
-        let missing = timed(false);
-        let protected = timed(true);
+        let read = timed(0, false);
+        let protected = timed(0, true);
+        let write = timed(count, true);
         stop.store(true, Relaxed);
         match handler.join() {
-            Ok(Ok(())) => Ok((missing, protected)),
+            Ok(Ok(())) => Ok(LocalFaults { read, protected, write }),
             Ok(Err(e)) => Err(e.into()),
             Err(_) => Err(BenchError::Options("the fault handler panicked")),
         }
@@ -141,9 +161,9 @@ fn handle(region: &Region, stop: &AtomicBool) -> Result<(), RegionError> {
         region.faults(0, &mut faults).map_err(failed)?;
         for fault in faults.drain(..) {
             if present.insert(fault.page) {
-                region.fill_and_wake(fault.page, &contents)?;
+                region.fill(fault.page, &*contents, !fault.write, Wake::Now)?;
             } else {
-                region.unprotect_and_wake(fault.page)?;
+                region.unprotect(fault.page, Wake::Now)?;
             }
         }
     }

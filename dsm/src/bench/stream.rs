@@ -7,7 +7,7 @@ use super::work::Work;
 use super::{BenchError, float, io_step};
 use crate::addr::{HomeRange, MemberId, PAGE_SIZE};
 use crate::layout::{Layout, Page};
-use crate::region::{Kernel, Region};
+use crate::region::{Kernel, Region, Wake};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::io::Read;
@@ -183,7 +183,7 @@ fn receive(stream: &mut TcpStream, region: &Region, pages: u32) -> Result<(), Be
         let count = usize::try_from(pages - page).unwrap_or(RUN).min(RUN);
         let room = buf.get_mut(..count * 4096).unwrap_or(&mut []);
         stream.read_exact(room).map_err(io_step("the stream of pages ended"))?;
-        region.fill_run(Page(page), room, true)?;
+        region.fill_run(Page(page), room, true, Wake::Later)?;
         page += u32::try_from(count).unwrap_or(0);
     }
     Ok(())

@@ -228,11 +228,11 @@ impl Engine {
 
     /// What is left to do without a lock, but for writing to the peers that it returns.
     fn settle(&self, env: &impl Env, mut after: After, now: u64) -> MemberSet {
-        let woken = after.wake;
         after.wake(env.kernel());
-        if woken.is_some() || !after.lost.is_empty() {
+        let came = after.came;
+        if came.is_some() || !after.lost.is_empty() {
             let mut gang = lock(&self.gang);
-            if let Some((first, count)) = woken {
+            if let Some((first, count)) = came {
                 gang.came(first, count);
             }
             let missed = std::mem::take(&mut after.lost).into_iter().filter_map(|p| gang.lost(p)).collect();

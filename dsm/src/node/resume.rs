@@ -36,7 +36,7 @@ pub(super) fn resume(shell: &Shell, link: &Link, rules: &Rules<'_>, broke: Cause
         match made {
             Ok(()) => {
                 tracing::warn!("connected to {peer} again");
-                shell.talk(crate::protocol::MemberSet::only(peer));
+                shell.talk(shell.now(), crate::protocol::MemberSet::only(peer));
                 return Ok(());
             }
             Err(e) => tracing::debug!("no connection to {peer} yet: {e}"),

@@ -11,7 +11,7 @@ use super::failure::Cause;
 use crate::addr::{Epoch, MemberId};
 use crate::layout::{Layout, Page};
 use crate::protocol::{Command, Contents, Core, Event, MemberSet, Msg, Right};
-use crate::region::{Kernel, RegionError};
+use crate::region::{Kernel, RegionError, Wake};
 use crate::seeded::{SeededFault, is_on};
 use crate::stats::ShardStats;
 use crate::transport::frame::Header;
@@ -90,9 +90,10 @@ pub(crate) trait Env {
 pub(crate) struct After {
     /// Peers for whom frames were queued.
     pub(crate) talk: MemberSet,
-    /// The pages whose waiters are to be woken, the first and how many: with the lock still held, a woken thread that runs at once on this CPU and
-    /// faults again would wait for it. Neighbours that came along need no wake: who waits for one has a fault of its own
-    /// to be read, and finds the page there.
+    /// Pages that somebody waited for and that are there now, the first and how many. Neighbours that came along don't
+    /// count: who waits for one has a fault of its own to be read, and finds the page there.
+    pub(crate) came: Option<(Page, u32)>,
+    /// Those whose waiters are still to be woken.
     pub(crate) wake: Option<(Page, u32)>,
     /// Whether pages have come.
     pub(crate) has_come: bool,
@@ -105,7 +106,10 @@ pub(crate) struct After {
 impl After {
     /// Adds what another event left to do. That one must have woken nobody.
     pub(crate) fn add(&mut self, other: After) {
-        debug_assert!(other.wake.is_none(), "an event whose thread waits must be followed up itself");
+        debug_assert!(
+            other.came.is_none() && other.wake.is_none(),
+            "an event whose thread waits must be followed up itself"
+        );
         self.talk = MemberSet(self.talk.0 | other.talk.0);
         self.lost.extend(other.lost);
         self.has_come |= other.has_come;
@@ -117,10 +121,13 @@ impl After {
     /// Notes that who waits for these pages is to be woken. Who waits for one in between others is woken, too: it looks
     /// again.
     fn wake_later(&mut self, page: Page, count: u32) {
-        let (first, before) = self.wake.unwrap_or((page, 0));
-        let start = first.min(page);
-        let end = (first.0.saturating_add(before)).max(page.0.saturating_add(count));
-        self.wake = Some((start, end - start.0));
+        self.wake = Some(around(self.wake, page, count));
+        self.note_came(page, count);
+    }
+
+    /// The same of a page whose waiters have been woken with the page put in place.
+    fn note_came(&mut self, page: Page, count: u32) {
+        self.came = Some(around(self.came, page, count));
     }
 
     /// Wakes who waits. Comes first of what is left to do.
@@ -131,6 +138,14 @@ impl After {
             self.failure.get_or_insert((None, Cause::Local(e.to_string())));
         }
     }
+}
+
+/// The pages from the first to the last of both.
+fn around(before: Option<(Page, u32)>, page: Page, count: u32) -> (Page, u32) {
+    let (first, pages) = before.unwrap_or((page, 0));
+    let start = first.min(page);
+    let end = (first.0.saturating_add(pages)).max(page.0.saturating_add(count));
+    (start, end - start.0)
 }
 
 /// A core, and what belongs to the same pages.
@@ -241,14 +256,19 @@ impl Shard {
                 }
             }
             Command::Give { to, page, terms, protect, drop } => {
-                if protect && !is_on(SeededFault::ReadBeforeProtect) {
+                let is_late = is_on(SeededFault::ReadBeforeProtect);
+                if protect && !drop && !is_late {
                     kernel.protect(page, 1)?;
                 }
                 let is_known = env.push_with(to, |queue| {
                     let frame = queue.begin();
                     let at = queue.bytes().len();
-                    kernel.read(page, queue.bytes())?;
-                    if protect && is_on(SeededFault::ReadBeforeProtect) {
+                    if drop && !is_late {
+                        kernel.take(page, !protect, queue.bytes())?;
+                    } else {
+                        kernel.read(page, queue.bytes())?;
+                    }
+                    if protect && is_late {
                         kernel.protect(page, 1)?;
                     }
                     let is_zero = queue.bytes().get(at..).is_some_and(is_zero);
@@ -256,7 +276,9 @@ impl Shard {
                         queue.bytes().truncate(at);
                     }
                     if drop {
-                        kernel.discard(page, 1)?;
+                        if is_late {
+                            kernel.discard(page, 1)?;
+                        }
                         self.budget.add(-1);
                     }
                     stats.gave(page, is_zero);
@@ -274,7 +296,7 @@ impl Shard {
                 }
             }
             Command::Drop { page } => {
-                kernel.discard(page, 1)?;
+                kernel.drop_one(page)?;
                 self.budget.add(-1);
                 stats.dropped(page);
                 if self.core.cache().is_contended(page) {
@@ -285,9 +307,16 @@ impl Shard {
                 let protect = right == Right::Shared;
                 let replaced = kernel.replaced();
                 self.budget.add(i64::from(!matches!(contents, Contents::Keep)));
+                // Nobody is known to wait for a page that comes ahead; who does nevertheless has a fault still to be read,
+                // and finds the page there.
+                let is_awaited = !served.ahead;
+                // With the lock still held: a call of its own would cost more than a woken thread that faults again has to
+                // wait for the lock at most.
+                let wake =
+                    if is_awaited && !is_on(SeededFault::ForgottenWake) { Wake::Now } else { Wake::Later };
                 match contents {
                     Contents::Bytes(PageBuf::Own(own)) => {
-                        kernel.fill(page, &*own, protect)?;
+                        kernel.fill(page, &*own, protect, wake)?;
                         if self.spare.len() < SPARE {
                             self.spare.push(own);
                         }
@@ -295,22 +324,21 @@ impl Shard {
                     Contents::Bytes(PageBuf::Nth(n)) => {
                         let nth = bytes.chunks_exact(PAGE).nth(usize::try_from(n).unwrap_or(usize::MAX));
                         let lacking = || kernel.step("fill", page, io::ErrorKind::InvalidInput.into());
-                        kernel.fill(page, nth.ok_or_else(lacking)?, protect)?;
+                        kernel.fill(page, nth.ok_or_else(lacking)?, protect, wake)?;
                     }
-                    Contents::Zero => kernel.fill_zero(page, 1, protect)?,
-                    Contents::Keep => kernel.unprotect(page)?,
+                    Contents::Zero => kernel.fill_zero(page, 1, protect, wake)?,
+                    Contents::Keep => kernel.unprotect(page, wake)?,
                 }
                 stats.served(page, &served, env.now());
                 after.has_come = true;
-                // Nobody is known to wait for a page that comes ahead; who does nevertheless has a fault still to be read,
-                // and finds the page there.
-                let is_awaited = !served.ahead;
-                if is_awaited && (!is_on(SeededFault::ForgottenWake) || replaced == kernel.replaced()) {
+                if wake == Wake::Now {
+                    after.note_came(page, 1);
+                } else if is_awaited && replaced == kernel.replaced() {
                     after.wake_later(page, 1);
                 }
             }
             Command::Zero { page, count, served } => {
-                kernel.fill_zero(page, count, false)?;
+                kernel.fill_zero(page, count, false, Wake::Later)?;
                 self.budget.add(i64::from(count));
                 stats.first_touch(page, count, &served, env.now());
                 after.wake_later(page, 1);
@@ -319,7 +347,7 @@ impl Shard {
             Command::Load { page, protect, wake } => {
                 let mut bytes = self.buffer(&[]);
                 env.image(page, &mut bytes)?;
-                kernel.fill(page, &*bytes, protect)?;
+                kernel.fill(page, &*bytes, protect, Wake::Later)?;
                 self.budget.add(1);
                 after.has_come = true;
                 if self.spare.len() < SPARE {
@@ -330,9 +358,9 @@ impl Shard {
                 }
             }
             Command::Reopen { page } => {
-                kernel.unprotect(page)?;
+                kernel.unprotect(page, Wake::Now)?;
                 stats.reopened();
-                after.wake_later(page, 1);
+                after.note_came(page, 1);
             }
             Command::Wake { page } => {
                 after.wake_later(page, 1);

@@ -14,7 +14,7 @@ use crate::addr::{Epoch, MAX_MEMBERS, MemberId, PAGE_SIZE};
 use crate::layout::{Layout, Page};
 use crate::protocol::pages::{BLOCK, Share};
 use crate::protocol::{CoreConfig, Event, MemberSet, Msg};
-use crate::region::{Fault, Kernel, Region, RegionError};
+use crate::region::{Fault, Kernel, Region, RegionError, Wake};
 use crate::stats::{DsmSnapshot, FaultLog, FaultRecord, PeerTraffic};
 use crate::transport::frame::Header;
 use crate::transport::link::{Flush, Link, Queue};
@@ -303,6 +303,10 @@ impl Shell {
             let gpa = self.layout.gpa_of(page);
             lock(log).push(FaultRecord { at_ns: now, gpa, write, remote, thread });
         }
+        if remote {
+            // While the answer is on its way.
+            self.engine.shard(page).stats.count_up();
+        }
     }
 
     /// See [`super::DsmHandle::recent`].
@@ -335,18 +339,25 @@ impl Shell {
 
     /// A message has come. `bytes` is its page, if it has one. Returns the peers to be written to, with [`Shell::talk`],
     /// when no more messages are at hand.
-    pub(super) fn message(&self, from: MemberId, page: Page, msg: Msg<()>, bytes: &[u8]) -> MemberSet {
-        self.engine.message(self, self.now(), from, page, msg, bytes)
+    pub(super) fn message(
+        &self,
+        now: u64,
+        from: MemberId,
+        page: Page,
+        msg: Msg<()>,
+        bytes: &[u8],
+    ) -> MemberSet {
+        self.engine.message(self, now, from, page, msg, bytes)
     }
 
     /// The same for a run of messages that came in one frame.
-    pub(super) fn run(&self, from: MemberId, run: &Run, bytes: &[u8]) -> MemberSet {
-        self.engine.run(self, self.now(), from, run, bytes)
+    pub(super) fn run(&self, now: u64, from: MemberId, run: &Run, bytes: &[u8]) -> MemberSet {
+        self.engine.run(self, now, from, run, bytes)
     }
 
     /// Writes what is queued for these peers.
-    pub(super) fn talk(&self, peers: MemberSet) {
-        self.flush(peers, self.now());
+    pub(super) fn talk(&self, now: u64, peers: MemberSet) {
+        self.flush(peers, now);
     }
 
     /// The member that leads has told its time.
@@ -409,7 +420,7 @@ impl Shell {
             let len = if run > 0 { run as usize * PAGE } else { rest.len().min(PAGE - at) };
             let (now, later) = rest.split_at(len);
             if run > 0 {
-                self.region.fill_run(page, now, false)?;
+                self.region.fill_run(page, now, false, Wake::Later)?;
                 shard.stats.preloaded(run);
                 self.engine.budget().add(i64::from(run));
             } else if shard.core.preload(page, 1) == 1 {
@@ -417,7 +428,7 @@ impl Shell {
                 if let Some(room) = buf.get_mut(at..at + now.len()) {
                     room.copy_from_slice(now);
                 }
-                self.region.fill_run(page, &buf, false)?;
+                self.region.fill_run(page, &buf, false, Wake::Later)?;
                 shard.stats.preloaded(1);
                 self.engine.budget().add(1);
             } else if shard.core.cache().state(page) == crate::protocol::cache::State::Modified {
@@ -518,7 +529,8 @@ impl Shell {
     pub(super) fn snapshot(&self) -> DsmSnapshot {
         let mut snapshot = DsmSnapshot { replaced: self.region.replaced(), ..DsmSnapshot::default() };
         let mut total = crate::stats::Totals::default();
-        for shard in self.engine.shards() {
+        for mut shard in self.engine.shards() {
+            shard.stats.count_up();
             let (shared, modified) = shard.core.cache().resident();
             snapshot.pages_shared += shared;
             snapshot.pages_modified += modified;

@@ -113,19 +113,33 @@ fn frames(shell: &Shell, link: &Link) -> Result<(), Cause> {
     let mut unsaid = 0;
     let mut talk = MemberSet::EMPTY;
     let mut answered = 0;
+    // Of the last frame, or of the last bytes that came.
+    let mut now = shell.now();
     while shell.is_running() {
         // Requests come in bursts (pages that are used together), and so do the answers: one write for all that are at
         // hand costs less than one for each. But not for too many: the peer has work to do with the first of them.
         if !talk.is_empty() && (!reader.has_next() || answered >= BURST) {
             answered = 0;
-            shell.talk(std::mem::take(&mut talk));
+            shell.talk(now, std::mem::take(&mut talk));
         }
-        let (header, bytes) = match reader.next(|n| link.note_read(shell.now(), n)) {
+        let mut is_fresh = false;
+        if !reader.has_next() {
+            shell.region().tidy();
+        }
+        let next = reader.next(|n| {
+            now = shell.now();
+            is_fresh = true;
+            link.note_read(now, n);
+        });
+        let (header, bytes) = match next {
             Ok(next) => next,
             Err(ReadError::Closed) if link.has_left() => return Ok(()),
             Err(ReadError::Frame(e)) => return Err(Cause::Violation(e.to_string())),
             Err(e) => return Err(Cause::Disconnected(e.to_string())),
         };
+        if !is_fresh {
+            now = shell.now();
+        }
         link.note_message();
         link.acknowledged(header.received());
         // A run is as much to keep for the peer as the messages in it would be.
@@ -143,11 +157,11 @@ fn frames(shell: &Shell, link: &Link) -> Result<(), Cause> {
             }
             Frame::Page(page, msg) => {
                 answered += 1;
-                talk = MemberSet(talk.0 | shell.message(peer, page, msg, bytes).0);
+                talk = MemberSet(talk.0 | shell.message(now, peer, page, msg, bytes).0);
             }
             Frame::Run(run) => {
                 answered += run.count;
-                talk = MemberSet(talk.0 | shell.run(peer, &run, bytes).0);
+                talk = MemberSet(talk.0 | shell.run(now, peer, &run, bytes).0);
             }
             Frame::Ping => {}
             Frame::Resume(_) => {

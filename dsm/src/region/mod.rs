@@ -10,22 +10,24 @@
 //! which a vCPU writes to a shared copy.
 
 mod access;
+mod attic;
 mod map;
 mod ops;
 mod sys;
 
 pub use access::Memory;
 pub use map::Mapping;
-pub use ops::Kernel;
+pub use ops::{Kernel, Wake};
 
 use crate::addr::PAGE_SIZE;
 use crate::layout::{Layout, Page};
+use attic::Attic;
 use map::Map;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use sys::{EVENT_PAGEFAULT, FLAGS_WRITE, Uffd, UffdMsg, Wake};
+use sys::{EVENT_PAGEFAULT, FLAGS_WRITE, Uffd, UffdMsg};
 use thiserror::Error;
 
 const PAGE: usize = 4096;
@@ -111,6 +113,8 @@ pub struct Region {
     spans: Vec<Span>,
     mappings: Vec<Mapping>,
     uffds: Vec<Uffd>,
+    /// One for each userfaultfd, or none.
+    attics: Vec<Attic>,
     replaced: AtomicU64,
 }
 
@@ -132,11 +136,30 @@ impl Region {
             first = first.saturating_add(u32::try_from(range.len / PAGE_SIZE).unwrap_or(u32::MAX));
         }
         let mappings = spans.iter().map(|s| s.map.mapping(s.gpa)).collect();
-        let region = Region { layout: layout.clone(), spans, mappings, uffds, replaced: AtomicU64::new(0) };
+        let replaced = AtomicU64::new(0);
+        let mut region =
+            Region { layout: layout.clone(), spans, mappings, uffds, attics: Vec::new(), replaced };
         region
-            .each_stripe(|uffd, start, len| uffd.register(start, len))
+            .each_stripe(|uffd, start, len| uffd.register(start, len).map(|_| ()))
             .map_err(|(gpa, source)| RegionError::Step { step: "registration", gpa, source })?;
+        for uffd in &region.uffds {
+            let attic = Attic::new(uffd).map_err(|source| RegionError::Step {
+                step: "registration of a spare page",
+                gpa: 0,
+                source,
+            })?;
+            region.attics.extend(attic);
+        }
         Ok(region)
+    }
+
+    /// Frees pages that were given away. For when nobody waits for this thread.
+    pub fn tidy(&self) {
+        for attic in &self.attics {
+            if let Err(e) = attic.tidy() {
+                tracing::warn!("pages that were given away are not freed: {e}");
+            }
+        }
     }
 
     fn each_stripe(
@@ -155,9 +178,12 @@ impl Region {
         Ok(())
     }
 
+    fn uffd_index(&self, span: &Span, offset: u64) -> usize {
+        usize::try_from(offset / span.stripe).unwrap_or(0) % self.uffds.len()
+    }
+
     fn uffd(&self, span: &Span, offset: u64) -> &Uffd {
-        let shard = usize::try_from(offset / span.stripe).unwrap_or(0) % self.uffds.len();
-        &self.uffds[shard]
+        &self.uffds[self.uffd_index(span, offset)]
     }
 
     /// Number of userfaultfds.
@@ -246,22 +272,6 @@ impl Region {
         Ok(())
     }
 
-    /// Fills an absent page, write-protected, and wakes who waits for it, all in one ioctl.
-    pub fn fill_and_wake(&self, page: Page, bytes: &[u8; PAGE]) -> Result<(), RegionError> {
-        let (span, offset) = self.found(page).map_err(|e| self.step("fill", page, e))?;
-        let (_, result) = self.uffd(span, offset).copy(span.map.base() + offset, bytes, true, Wake::Now);
-        result.map_err(|e| self.step("fill", page, e))
-    }
-
-    /// Gives the right to write and wakes who waits for it, in one ioctl.
-    pub fn unprotect_and_wake(&self, page: Page) -> Result<(), RegionError> {
-        let step = "end of write protection";
-        let (span, offset) = self.found(page).map_err(|e| self.step(step, page, e))?;
-        let hva = span.map.base() + offset;
-        let result = self.uffd(span, offset).write_protect(hva, PAGE_SIZE, false, Wake::Now);
-        result.map_err(|e| self.step(step, page, e))
-    }
-
     /// Makes the memory inaccessible, then lets go of all who wait: a vCPU gets EFAULT, a system call that was
     /// given guest memory too, a thread that reads it directly SIGSEGV. Nobody goes on with invented zeros.
     pub fn close(&self) {
@@ -281,7 +291,7 @@ impl Kernel for Region {
         self.layout.gpa_of(page)
     }
 
-    fn sys_copy(&self, page: Page, bytes: &[u8], protect: bool) -> (usize, io::Result<()>) {
+    fn sys_copy(&self, page: Page, bytes: &[u8], protect: bool, wake: Wake) -> (usize, io::Result<()>) {
         let (span, offset) = match self.found(page) {
             Ok(found) => found,
             Err(e) => return (0, Err(e)),
@@ -289,19 +299,21 @@ impl Kernel for Region {
         // A run is cut where the range ends, and where another userfaultfd begins: each takes only its own.
         let room = (span.stripe - offset % span.stripe).min(span.map.len() - offset);
         let len = bytes.len().min(usize::try_from(room).unwrap_or(usize::MAX));
-        self.uffd(span, offset).copy(
-            span.map.base() + offset,
-            bytes.get(..len).unwrap_or(&[]),
-            protect,
-            Wake::Later,
-        )
+        self.uffd(span, offset).copy(span.map.base() + offset, bytes.get(..len).unwrap_or(&[]), protect, wake)
     }
 
-    fn sys_write_protect(&self, page: Page, count: u32, protect: bool) -> io::Result<()> {
+    fn sys_write_protect(&self, page: Page, count: u32, protect: bool, wake: Wake) -> io::Result<()> {
         self.each_piece(page, count, |span, offset, len| {
             let start = span.map.base() + offset;
-            self.uffd(span, offset).write_protect(start, len, protect, Wake::Later)
+            self.uffd(span, offset).write_protect(start, len, protect, wake)
         })
+    }
+
+    fn sys_move(&self, page: Page, out: Option<&mut Vec<u8>>) -> io::Result<()> {
+        let (span, offset) = self.found(page)?;
+        let index = self.uffd_index(span, offset);
+        let attic = self.attics.get(index).ok_or(io::ErrorKind::Unsupported)?;
+        attic.take(&self.uffds[index], span.map.base() + offset, out)
     }
 
     fn sys_wake(&self, page: Page, count: u32) -> io::Result<()> {

@@ -15,17 +15,30 @@ fn nth(page: Page, n: usize) -> Page {
     Page(page.0.saturating_add(u32::try_from(n).unwrap_or(u32::MAX)))
 }
 
+/// When to wake who waits for a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wake {
+    /// In the same call.
+    Now,
+    /// The caller does it.
+    Later,
+}
+
 /// The kernel's calls on guest memory, and what is made of them. Errors are the kernel's.
 pub trait Kernel {
     /// Guest-physical address of a page, for errors.
     fn gpa_of(&self, page: Page) -> u64;
 
-    /// One UFFDIO_COPY of whole pages to absent pages, write-protected if `protect`. Wakes nobody. It may stop
-    /// early. Returns how many bytes went in.
-    fn sys_copy(&self, page: Page, bytes: &[u8], protect: bool) -> (usize, io::Result<()>);
+    /// One UFFDIO_COPY of whole pages to absent pages, write-protected if `protect`. It may stop early, and then wakes
+    /// who waits for what went in. Returns how many bytes that were.
+    fn sys_copy(&self, page: Page, bytes: &[u8], protect: bool, wake: Wake) -> (usize, io::Result<()>);
 
-    /// UFFDIO_WRITEPROTECT of neighbouring pages. Wakes nobody. After an error nobody knows how far it came.
-    fn sys_write_protect(&self, page: Page, count: u32, protect: bool) -> io::Result<()>;
+    /// UFFDIO_WRITEPROTECT of neighbouring pages. After an error nobody knows how far it came, and nobody was woken.
+    fn sys_write_protect(&self, page: Page, count: u32, protect: bool, wake: Wake) -> io::Result<()>;
+
+    /// UFFDIO_MOVE: takes a page out of the guest's memory and appends its bytes, if they are wanted. Wakes nobody. On an
+    /// error (not every kernel can, and no kernel can with a page that a device is reading) the page is where it was.
+    fn sys_move(&self, page: Page, out: Option<&mut Vec<u8>>) -> io::Result<()>;
 
     /// UFFDIO_WAKE of neighbouring pages.
     fn sys_wake(&self, page: Page, count: u32) -> io::Result<()>;
@@ -47,28 +60,27 @@ pub trait Kernel {
         RegionError::Step { step, gpa: self.gpa_of(page), source }
     }
 
-    /// Fills absent neighbouring pages, write-protected if `protect`, in one ioctl. Their waiters sleep on.
-    fn fill(&self, page: Page, bytes: &[u8], protect: bool) -> Result<(), RegionError> {
+    /// Fills absent neighbouring pages, write-protected if `protect`, in one ioctl.
+    fn fill(&self, page: Page, bytes: &[u8], protect: bool, wake: Wake) -> Result<(), RegionError> {
         if protect && is_on(SeededFault::CopyThenProtect) {
-            self.fill_run(page, bytes, false)?;
+            self.fill_run(page, bytes, false, wake)?;
             return self.protect(page, u32::try_from(bytes.len() / PAGE).unwrap_or(u32::MAX));
         }
-        self.fill_run(page, bytes, protect)
+        self.fill_run(page, bytes, protect, wake)
     }
 
-    /// Fills up to [`MAX_ZERO_RUN`] absent pages with zeros. Their waiters
-    /// sleep on.
-    fn fill_zero(&self, page: Page, count: u32, protect: bool) -> Result<(), RegionError> {
+    /// Fills up to [`MAX_ZERO_RUN`] absent pages with zeros.
+    fn fill_zero(&self, page: Page, count: u32, protect: bool, wake: Wake) -> Result<(), RegionError> {
         let count = usize::try_from(count.min(MAX_ZERO_RUN)).unwrap_or(0);
-        self.fill_run(page, ZEROS.get(..count * PAGE).unwrap_or(&[]), protect)
+        self.fill_run(page, ZEROS.get(..count * PAGE).unwrap_or(&[]), protect, wake)
     }
 
-    /// Fills absent neighbouring pages from `bytes`, whole pages. Their waiters sleep on.
-    fn fill_run(&self, page: Page, bytes: &[u8], protect: bool) -> Result<(), RegionError> {
+    /// Fills absent neighbouring pages from `bytes`, whole pages.
+    fn fill_run(&self, page: Page, bytes: &[u8], protect: bool, wake: Wake) -> Result<(), RegionError> {
         let mut done = 0usize;
         while done < bytes.len() {
             let rest = bytes.get(done..).unwrap_or(&[]);
-            let (copied, result) = self.sys_copy(nth(page, done / PAGE), rest, protect);
+            let (copied, result) = self.sys_copy(nth(page, done / PAGE), rest, protect, wake);
             done += copied;
             let next = nth(page, done / PAGE);
             match result {
@@ -91,12 +103,12 @@ pub trait Kernel {
     /// write to them.
     fn protect(&self, page: Page, count: u32) -> Result<(), RegionError> {
         let count = if is_on(SeededFault::ShortProtect) { 1 } else { count };
-        self.write_protect(page, count, true, "write protection")
+        self.write_protect(page, count, true, Wake::Later, "write protection")
     }
 
-    /// Gives the right to write. Who waits for it sleeps on.
-    fn unprotect(&self, page: Page) -> Result<(), RegionError> {
-        self.write_protect(page, 1, false, "end of write protection")
+    /// Gives the right to write.
+    fn unprotect(&self, page: Page, wake: Wake) -> Result<(), RegionError> {
+        self.write_protect(page, 1, false, wake, "end of write protection")
     }
 
     /// Changes the protection, however often the address space changes under it.
@@ -105,15 +117,34 @@ pub trait Kernel {
         page: Page,
         count: u32,
         protect: bool,
+        wake: Wake,
         step: &'static str,
     ) -> Result<(), RegionError> {
         loop {
-            match self.sys_write_protect(page, count, protect) {
+            match self.sys_write_protect(page, count, protect, wake) {
                 Ok(()) => return Ok(()),
                 Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => {}
                 Err(e) => return Err(self.step(step, page, e)),
             }
         }
+    }
+
+    /// Appends the bytes of a page that is present, and drops it. Nobody of this process has written to it after they were
+    /// read; if it `is_protected` nobody can anyhow.
+    fn take(&self, page: Page, is_protected: bool, out: &mut Vec<u8>) -> Result<(), RegionError> {
+        if self.sys_move(page, Some(out)).is_ok() {
+            return Ok(());
+        }
+        if !is_protected {
+            self.protect(page, 1)?;
+        }
+        self.read(page, out)?;
+        self.discard(page, 1)
+    }
+
+    /// Drops a page that is present; see [`Kernel::discard`].
+    fn drop_one(&self, page: Page) -> Result<(), RegionError> {
+        if self.sys_move(page, None).is_ok() { Ok(()) } else { self.discard(page, 1) }
     }
 
     /// Drops neighbouring pages. When it returns no thread and no vCPU of this process can see the old contents.

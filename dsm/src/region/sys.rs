@@ -3,6 +3,7 @@
 //! The usual wrapper crate can't install a page write-protected in one ioctl and needs libclang to build; these
 //! few structures replace it.
 
+use super::ops::Wake;
 use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -19,13 +20,17 @@ const IOC_REGISTER: libc::c_ulong = 0xc020_aa00;
 const IOC_UNREGISTER: libc::c_ulong = 0x8010_aa01;
 const IOC_WAKE: libc::c_ulong = 0x8010_aa02;
 const IOC_COPY: libc::c_ulong = 0xc028_aa03;
+const IOC_MOVE: libc::c_ulong = 0xc028_aa05;
 const IOC_WRITEPROTECT: libc::c_ulong = 0xc018_aa06;
 /// `USERFAULTFD_IOC_NEW` on /dev/userfaultfd.
 const IOC_NEW: libc::c_ulong = 0xaa00;
 
 const REGISTER_MISSING: u64 = 1;
 const REGISTER_WP: u64 = 2;
+/// Bit of UFFDIO_MOVE among the ioctls that a registered range can take (Linux 6.8).
+const CAN_MOVE: u64 = 1 << 5;
 const COPY_DONTWAKE: u64 = 1;
+const MOVE_DONTWAKE: u64 = 1;
 const COPY_WP: u64 = 2;
 const WRITEPROTECT_WP: u64 = 1;
 const WRITEPROTECT_DONTWAKE: u64 = 2;
@@ -70,13 +75,14 @@ struct UffdioWriteprotect {
     mode: u64,
 }
 
-/// When to wake who waits for a page.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Wake {
-    /// In the same ioctl.
-    Now,
-    /// The caller does it, when it has let go of its locks: the woken thread may run at once, on this very CPU.
-    Later,
+/// `struct uffdio_move`.
+#[repr(C)]
+struct UffdioMove {
+    dst: u64,
+    src: u64,
+    len: u64,
+    mode: u64,
+    moved: i64,
 }
 
 /// `struct uffd_msg` of a page fault: 32 bytes.
@@ -131,8 +137,9 @@ impl Uffd {
     fn ioctl<T>(&self, request: libc::c_ulong, arg: &mut T) -> io::Result<()> {
         // SAFETY: every `request` in this file is passed with the structure that <linux/userfaultfd.h> defines for
         // it, so the kernel reads and writes inside `arg`. What the requests do to *other* memory is argued at
-        // `Region`, the only user: copy fills pages of its own mapping that are absent, write-protect and wake
-        // change no contents, and register is given only its own mapping.
+        // `Region`, the only user: copy fills pages of its own mappings that are absent, move empties a page of one and
+        // fills an absent one of another, write-protect and wake change no contents, and register is given only its
+        // own mappings.
         let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), request, std::ptr::from_mut(arg)) };
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
@@ -141,10 +148,18 @@ impl Uffd {
         &self.fd
     }
 
-    pub(super) fn register(&self, start: u64, len: u64) -> io::Result<()> {
+    /// Says whether pages can be moved there.
+    pub(super) fn register(&self, start: u64, len: u64) -> io::Result<bool> {
         let range = UffdioRange { start, len };
         let mut arg = UffdioRegister { range, mode: REGISTER_MISSING | REGISTER_WP, ioctls: 0 };
-        self.ioctl(IOC_REGISTER, &mut arg)
+        self.ioctl(IOC_REGISTER, &mut arg)?;
+        Ok(arg.ioctls & CAN_MOVE != 0)
+    }
+
+    /// Moves a page from one private mapping of this process to a place where none is. Wakes nobody.
+    pub(super) fn move_page(&self, dst: u64, src: u64) -> io::Result<()> {
+        let mut arg = UffdioMove { dst, src, len: 4096, mode: MOVE_DONTWAKE, moved: 0 };
+        self.ioctl(IOC_MOVE, &mut arg)
     }
 
     /// Wakes all who wait in the range, too.

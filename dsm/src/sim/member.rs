@@ -11,7 +11,7 @@ use crate::node::Cause;
 use crate::node::engine::Engine;
 use crate::node::shard::{Env, PageBuf};
 use crate::protocol::{Core, CoreConfig, Event as Input, MemberSet};
-use crate::region::{Fault, Kernel, RegionError};
+use crate::region::{Fault, Kernel, RegionError, Wake};
 use crate::transport::frame::Header;
 use crate::transport::link::{Link, Queue};
 use crate::transport::reader::FrameReader;
@@ -170,6 +170,14 @@ impl Place<'_> {
         }
     }
 
+    fn wake_all(&self, page: Page, count: u32) {
+        let number = self.member.number;
+        for page in (page.0..page.0 + count).map(Page) {
+            self.trace(page, || "wake".into());
+            self.member.memory.borrow_mut().wake(page, |thread| self.world.thread_soon(number, thread));
+        }
+    }
+
     fn hiccup(&self) -> bool {
         self.world.sched.rng.chance(self.world.plan.hiccups)
     }
@@ -184,7 +192,7 @@ impl Kernel for Place<'_> {
         self.world.layout.gpa_of(page)
     }
 
-    fn sys_copy(&self, page: Page, bytes: &[u8], protect: bool) -> (usize, io::Result<()>) {
+    fn sys_copy(&self, page: Page, bytes: &[u8], protect: bool, wake: Wake) -> (usize, io::Result<()>) {
         self.world.pause();
         let mut done = 0;
         for (n, chunk) in (0..).zip(bytes.chunks(super::memory::PAGE)) {
@@ -216,12 +224,15 @@ impl Kernel for Place<'_> {
             self.set_right(next);
             done += chunk.len();
         }
+        if wake == Wake::Now && done > 0 {
+            self.wake_all(page, u32::try_from(done / super::memory::PAGE).unwrap_or(u32::MAX));
+        }
         self.world.pause();
         if done == bytes.len() { (done, Ok(())) } else { (done, Err(os_error(libc::EAGAIN))) }
     }
 
-    fn sys_write_protect(&self, page: Page, count: u32, protect: bool) -> io::Result<()> {
-        for page in (page.0..page.0 + count).map(Page) {
+    fn sys_write_protect(&self, first: Page, count: u32, protect: bool, wake: Wake) -> io::Result<()> {
+        for page in (first.0..first.0 + count).map(Page) {
             self.world.pause();
             if self.hiccup() {
                 self.world.count(|t| t.again += 1);
@@ -240,17 +251,36 @@ impl Kernel for Place<'_> {
             }
             self.set_right(page);
         }
+        if wake == Wake::Now && !protect {
+            self.wake_all(first, count);
+        }
+        self.world.pause();
+        Ok(())
+    }
+
+    fn sys_move(&self, page: Page, out: Option<&mut Vec<u8>>) -> io::Result<()> {
+        self.world.pause();
+        // A kernel that can't, or a page that the kernel itself is reading.
+        if self.world.sched.rng.chance(300) {
+            return Err(os_error(libc::EBUSY));
+        }
+        let mut memory = self.member.memory.borrow_mut();
+        let copy = memory.copy(page).ok_or_else(|| os_error(libc::ENOENT))?;
+        if let Some(out) = out {
+            out.extend_from_slice(&*copy.bytes);
+        }
+        memory.discard(page);
+        drop(memory);
+        self.trace(page, || "move away".into());
+        self.member.lost.borrow_mut().push(page);
+        self.set_right(page);
         self.world.pause();
         Ok(())
     }
 
     fn sys_wake(&self, page: Page, count: u32) -> io::Result<()> {
         self.world.pause();
-        let number = self.member.number;
-        for page in (page.0..page.0 + count).map(Page) {
-            self.trace(page, || "wake".into());
-            self.member.memory.borrow_mut().wake(page, |thread| self.world.thread_soon(number, thread));
-        }
+        self.wake_all(page, count);
         self.world.pause();
         Ok(())
     }

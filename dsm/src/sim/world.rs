@@ -19,7 +19,7 @@ use crate::node::Cause;
 use crate::node::shard::{Env, PageBuf};
 use crate::protocol::slots::Slots;
 use crate::protocol::{CoreConfig, Event as Input, MemberSet, Msg, pages::Share};
-use crate::region::Kernel;
+use crate::region::{Kernel, Wake};
 use crate::transport::frame::{Frame, HEADER_LEN, Header, PAGE_LEN, Rules};
 use crate::transport::link::{Flush, Link};
 use crate::transport::reader::{FrameReader, ReadError};
@@ -293,7 +293,7 @@ impl World {
             home.engine.budget().add(1);
             let words = std::array::from_fn::<u64, { WORDS.len() }, _>(|_| self.sched.rng.below(3));
             let bytes = self.truth.borrow_mut().preload(*page, words);
-            let result = Place { world: self, member: home }.fill_run(*page, &bytes, false);
+            let result = Place { world: self, member: home }.fill_run(*page, &bytes, false, Wake::Later);
             self.expect(Some(*page), result.map_err(|e| e.to_string()));
         }
     }

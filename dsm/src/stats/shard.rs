@@ -8,6 +8,8 @@ use hdrhistogram::Histogram;
 
 /// Longest latency that is told apart: a minute, in nanoseconds.
 const LONGEST: u64 = 60_000_000_000;
+/// Answered faults that wait to be counted.
+const FRESH: usize = 64;
 /// Pages that a snapshot names.
 const TOP: usize = 32;
 
@@ -35,6 +37,8 @@ impl Default for Latencies {
 #[derive(Debug)]
 pub struct ShardStats {
     share: Share,
+    /// Answered faults, and when, that are still to be counted: that takes longer than to note them, while a thread waits.
+    fresh: Vec<(Page, Served, u64)>,
     /// Remote faults and losses per page; zero memory until used.
     heat: Vec<u32>,
     faults: FaultCounts,
@@ -52,6 +56,7 @@ impl ShardStats {
     pub fn new(share: Share, pages: u32) -> ShardStats {
         ShardStats {
             share,
+            fresh: Vec::with_capacity(FRESH),
             heat: vec![0; share.slots(pages)],
             faults: FaultCounts::default(),
             latencies: Latencies::default(),
@@ -72,6 +77,22 @@ impl ShardStats {
 
     /// A fault has been answered at time `now`.
     pub fn served(&mut self, page: Page, served: &Served, now: u64) {
+        if self.fresh.len() >= FRESH {
+            self.count_up();
+        }
+        self.fresh.push((page, *served, now));
+    }
+
+    /// Counts what has been noted. For when nobody waits, and before the counters are read.
+    pub fn count_up(&mut self) {
+        let mut fresh = std::mem::take(&mut self.fresh);
+        for (page, served, now) in fresh.drain(..) {
+            self.count(page, &served, now);
+        }
+        self.fresh = fresh;
+    }
+
+    fn count(&mut self, page: Page, served: &Served, now: u64) {
         let faults = &mut self.faults;
         if served.ahead {
             faults.ahead += 1;
@@ -153,7 +174,7 @@ pub struct Totals {
 }
 
 impl Totals {
-    /// Adds one core's counters.
+    /// Adds one core's counters, which have been [counted up](ShardStats::count_up).
     pub fn add(&mut self, stats: &ShardStats, layout: &Layout) {
         self.faults.add(&stats.faults);
         // All histograms have the same bounds, so adding can't fail.

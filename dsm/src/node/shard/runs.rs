@@ -9,7 +9,7 @@ use crate::layout::{Layout, Page};
 use crate::node::PAGE;
 use crate::protocol::pages::BLOCK;
 use crate::protocol::{Command, Contents, Msg, Right};
-use crate::region::{Kernel, RegionError};
+use crate::region::{Kernel, RegionError, Wake};
 use crate::seeded::{SeededFault, is_on};
 use crate::transport::frame::Header;
 use crate::transport::link::Queue;
@@ -184,9 +184,9 @@ impl Shard {
                 let at = usize::try_from(*n).unwrap_or(usize::MAX).saturating_mul(PAGE);
                 let pages = bytes.get(at..).and_then(|rest| rest.get(..commands.len() * PAGE));
                 let lacking = || kernel.step("fill", *first, io::ErrorKind::InvalidInput.into());
-                kernel.fill(*first, pages.ok_or_else(lacking)?, protect)?;
+                kernel.fill(*first, pages.ok_or_else(lacking)?, protect, Wake::Later)?;
             }
-            _ => kernel.fill_zero(*first, count, protect)?,
+            _ => kernel.fill_zero(*first, count, protect, Wake::Later)?,
         }
         after.has_come = true;
         let is_wake_forgotten = is_on(SeededFault::ForgottenWake) && replaced != kernel.replaced();
