@@ -12,9 +12,9 @@ use std::net::TcpListener;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
-/// The peer answers an order within this time or is given up.
 /// Between two runs.
 const REST: Duration = Duration::from_millis(500);
+/// The peer answers an order within this time or is given up.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How much to measure.
@@ -160,7 +160,9 @@ pub fn run(
     for n in 0..opts.runs {
         // A virtual machine whose processors never sleep has soon used up what its host allows it: then each fault in a hundred
         // waits until it gets more.
-        std::thread::sleep(REST);
+        if n > 0 && opts.tuning.is_pinned {
+            std::thread::sleep(REST);
+        }
         let awake = opts.tuning.is_pinned.then(super::cpus::Awake::start);
         let count = usize::try_from(opts.pages).unwrap_or(usize::MAX);
         let mut rtt = round_trips(&mut stream, count)?;
