@@ -20,7 +20,7 @@ PACKAGES = ["bochs", "bochs-wx", "bochsbios", "vgabios", "grub-pc-bin", "grub-co
 # accessed and dirty bits, which KVM is told not to use.
 MODEL = "corei7_haswell_4770"
 CMDLINE = ("console=ttyS0 panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check quiet nopti "
-           "random.trust_cpu=on transparent_hugepage=never")
+           "random.trust_cpu=on")
 WIRE_BASE = 40000
 WINDOW = 32768
 """Bytes that a TCP connection may have under way. The emulated card takes one frame of 1500 bytes in a millisecond of its own time,

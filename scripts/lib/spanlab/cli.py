@@ -64,6 +64,8 @@ def _parser():
     guest.add_argument("--guest-cpus", type=int, metavar="N", help="CPUs of the guest (default: one per host)")
     guest.add_argument("--guest-memory", type=int, default=512, metavar="MIB", help="of the guest (default 512)")
     guest.add_argument("--guest-timeout", type=int, default=0, metavar="S", help="kill a guest after")
+    guest.add_argument("--slow-clock", type=int, default=0, metavar="N",
+                       help="the guest's clock takes N seconds for one (default: 10 with --cpu intel, 4 with three or more hosts, else 1)")
     guest.add_argument("--guest-args", default="", metavar="TEXT", help="more of the guest's kernel command line")
     guest.add_argument("--launch-args", default="", metavar="TEXT", help="more options of spanvm launch")
     soak = commands.add_parser("soak", parents=[machine, name, guest], help="boot the Linux guest over the hosts, many times")
@@ -144,7 +146,8 @@ def _measure(options):
     if options.name == "default":
         options.name = f"{options.command}-{os.getpid()}"
     plan = guestrun.Plan(
-        members=options.n, cpus=options.guest_cpus or options.n, memory_mib=options.guest_memory, extra=options.guest_args, options=shlex.split(options.launch_args),
+        members=options.n, cpus=options.guest_cpus or options.n, memory_mib=options.guest_memory, extra=options.guest_args,
+        slow_clock=options.slow_clock, options=shlex.split(options.launch_args),
         timeout=options.guest_timeout or (1800 if options.cpu == "intel" else 600))
     if options.command == "soak":
         if options.boots < 1:

@@ -111,6 +111,8 @@ def _main():
     parser.add_argument("--budget", type=int, metavar="S", help="seconds for ssicheck (default 60)", default=60)
     parser.add_argument("--deadline", type=int, metavar="S",
                         help="for each step of ssicheck (default: ssicheck's own; 900 with three or more virtual hosts)")
+    parser.add_argument("--slow-clock", type=int, default=0, metavar="N",
+                        help="the guest's clock takes N seconds for one (default 1; 4 with three or more virtual hosts)")
     parser.add_argument("--guest-args", default="", metavar="TEXT", help="more of the guest's kernel command line")
     parser.add_argument("--timeout", type=int, metavar="S",
                         help="for the guest's whole life (default 2400; 5400 with three or more virtual hosts)")
@@ -134,10 +136,12 @@ def _main():
     # Three emulated hosts on two processors, whose guest's page tables are written to by every walk, take turns for minutes.
     is_crowded = mode == "lab" and options.members > 2
     deadline = options.deadline or (900 if is_crowded else 0)
+    slow = options.slow_clock or (4 if is_crowded else 1)
     plan = guestrun.Plan(members=options.members, cpus=options.cpus or options.members * (2 if mode == "kvm" else 1),
                          memory_mib=options.memory, disk_mib=16, linger=60,
                          timeout=options.timeout or (5400 if is_crowded else 2400), extra=options.guest_args,
-                         run=f"ssicheck --json --min-nodes {options.members} --budget {options.budget}"
+                         slow_clock=slow,
+                         run=f"ssicheck --json --min-nodes {options.members} --budget {max(options.budget // slow, 10)}"
                              + (f" --deadline {deadline}" if deadline else ""))
     outcome = _boot(mode, plan, options)
     found = report(mode, plan, outcome)
