@@ -10,6 +10,7 @@ pub mod bench;
 pub mod hostile;
 pub mod layout;
 pub mod node;
+pub mod priority;
 pub mod protocol;
 pub mod region;
 pub mod seeded;

@@ -291,7 +291,10 @@ impl DsmHandle {
         let shell = self.shell.clone();
         let thread = thread::Builder::new()
             .name(format!("dsm-recv-{}", peer.0))
-            .spawn(move || threads::receive(&shell, &link))
+            .spawn(move || {
+                crate::priority::raise();
+                threads::receive(&shell, &link);
+            })
             .map_err(|e| HomesError::Memory(e.to_string()))?;
         let mut threads = threads_of(&self.threads);
         threads.retain(|thread| !thread.is_finished());

@@ -45,6 +45,7 @@ impl Task {
     }
 
     pub(super) fn run(self, shell: &Shell) {
+        crate::priority::raise();
         match self {
             Task::Faults(shard) => faults(shell, shard),
             Task::Receive(peer) => {

@@ -190,12 +190,18 @@ impl Fabric {
         for (name, run) in [("recv", Fabric::receive as fn(&Fabric, &Link, &H)), ("send", Fabric::drain)] {
             let (fabric, link, handler) = (self.clone(), link.clone(), handler.clone());
             let builder = thread::Builder::new().name(format!("fabric-{name}-{}", link.peer.0));
-            threads.push(builder.spawn(move || run(&fabric, &link, &*handler))?);
+            threads.push(builder.spawn(move || {
+                dsm::priority::raise();
+                run(&fabric, &link, &*handler);
+            })?);
         }
         if !self.ticks.swap(true, Ordering::SeqCst) {
             let (fabric, handler) = (self.clone(), handler.clone());
             let tick = thread::Builder::new().name("fabric-tick".into());
-            threads.push(tick.spawn(move || fabric.tick(&*handler))?);
+            threads.push(tick.spawn(move || {
+                dsm::priority::raise();
+                fabric.tick(&*handler);
+            })?);
         }
         Ok(())
     }
