@@ -255,7 +255,7 @@ pub(super) fn process(shard: &mut Shard, env: &impl Env, now: u64, event: Event<
 }
 
 /// The same for events about pages of a run. `bytes` has the pages that come with them.
-fn process_run(
+pub(super) fn process_run(
     shard: &mut Shard,
     env: &impl Env,
     now: u64,

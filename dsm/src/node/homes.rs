@@ -2,7 +2,7 @@
 //! before leaving.
 
 use super::engine::Engine;
-use super::shard::{After, Env};
+use super::shard::Env;
 use crate::addr::{Epoch, HomeRange, MemberId, PAGE_SIZE};
 use crate::layout::{Layout, LayoutError, Page};
 use crate::protocol::directory::Entry;
@@ -157,20 +157,18 @@ impl Engine {
         self.shards().try_for_each(|mut shard| shard.core.rehome(layout.clone()))
     }
 
-    /// Asks the pages of one block to go that may go, at most `most`. Returns how many.
-    pub(crate) fn push_out(&self, env: &impl Env, now: u64, first: Page, most: usize) -> usize {
-        let mut after = After::default();
-        let mut asked = 0;
+    /// Asks the pages of one block to go that may go. Returns how many.
+    pub(crate) fn push_out(&self, env: &impl Env, now: u64, first: Page) -> usize {
         let mut shard = self.shard(first);
-        for page in (first.0..env.layout().pages().min(first.0.saturating_add(BLOCK))).map(Page) {
-            if asked < most && shard.core.can_evict(now, page).is_some() {
-                asked += 1;
-                after.add(super::engine::process(&mut shard, env, now, Event::Evict { page }));
-            }
-        }
+        let block = (first.0..env.layout().pages().min(first.0.saturating_add(BLOCK))).map(Page);
+        let mut pages: Vec<Page> = block.collect();
+        pages.retain(|page| shard.core.can_evict(now, *page).is_some());
+        // Together: those behind each other go as a run, and all that their home does about them is done for the run.
+        let events = pages.iter().map(|page| Event::Evict { page: *page });
+        let after = super::engine::process_run(&mut shard, env, now, events, &[]);
         drop(shard);
         self.follow_up(env, after, now);
-        asked
+        pages.len()
     }
 
     /// A page homed here that `member` has.
@@ -208,7 +206,7 @@ impl super::shell::Shell {
             let mut asked = 0;
             let before = here();
             for first in (0..self.layout().pages()).step_by(BLOCK as usize) {
-                asked += self.engine.push_out(self, self.now(), Page(first), usize::MAX) as u64;
+                asked += self.engine.push_out(self, self.now(), Page(first)) as u64;
                 self.wait_gone(before, asked, WINDOW);
                 if std::time::Instant::now() >= end {
                     break;

@@ -8,6 +8,7 @@ use crate::protocol::{MemberSet, Msg};
 use crate::transport::frame::{Frame, Header, Rules};
 use crate::transport::link::Link;
 use crate::transport::reader::{FrameReader, ReadError};
+use crate::transport::run::Run;
 use rustix::event::{PollFd, PollFlags};
 use std::io::Read;
 
@@ -152,7 +153,9 @@ fn frames(shell: &Shell, link: &Link) -> Result<(), Cause> {
             talk = talk.with(peer);
         }
         match header.decode(&rules(shell, peer), || ()).map_err(|e| Cause::Violation(e.to_string()))? {
-            Frame::Page(_, Msg::Put { .. } | Msg::Awaited { .. }) if !shell.members().has(peer) => {}
+            Frame::Page(_, Msg::Put { .. } | Msg::Awaited { .. })
+            | Frame::Run(Run { msg: Msg::Put { .. }, .. })
+                if !shell.members().has(peer) => {}
             Frame::Page(..) | Frame::Run(_) if !shell.members().has(peer) => {
                 return Err(Cause::Violation("it speaks of pages and is no member".into()));
             }

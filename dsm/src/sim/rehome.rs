@@ -124,6 +124,6 @@ fn other_homes(world: &World) -> Layout {
 pub(super) fn push_out(world: &World, member: &Member) {
     let place = super::member::Place { world, member };
     for first in (0..world.layout.pages()).step_by(BLOCK as usize) {
-        member.engine.push_out(&place, world.sched.now(), Page(first), usize::MAX);
+        member.engine.push_out(&place, world.sched.now(), Page(first));
     }
 }

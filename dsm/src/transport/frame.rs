@@ -285,7 +285,7 @@ impl Header {
             GET => WRITE | HINT | RUN,
             FORWARD => WRITE | WAITS | DATA | RUN,
             GRANT => WRITE | WAITS | ZERO | RUN,
-            DECLINE | DONE => RUN,
+            DECLINE | DONE | PUT => RUN,
             AWAITED => PATIENT,
             _ => 0,
         };
@@ -355,9 +355,9 @@ impl Header {
             GET => WRITE | HINT | RUN,
             FORWARD => WRITE | WAITS | DATA | RUN,
             GRANT => WRITE | WAITS | DATA | ZERO | RUN,
-            DONE | DECLINE => RUN,
+            DONE | DECLINE | PUT => RUN,
             AWAITED => PATIENT,
-            INVALIDATE | INV_ACK | PUT | RELEASE | PING | BYE | BEAT | RESUME => 0,
+            INVALIDATE | INV_ACK | RELEASE | PING | BYE | BEAT | RESUME => 0,
             _ => return Err(FrameError::Kind(kind)),
         };
         let contradictory = flags & DATA != 0 && flags & ZERO != 0;

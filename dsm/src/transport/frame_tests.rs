@@ -59,6 +59,9 @@ fn a_wish_of_an_earlier_table_of_homes_is_passed_over() {
     assert_eq!(decode(&wish(Epoch(8))), Ok(Frame::Ping));
     let awaited = Msg::<u8>::Awaited { requester: MemberId(2), patient: true };
     assert_eq!(decode(&Header::message(ME, Epoch(8), 0x3000, &awaited)), Ok(Frame::Ping));
+    let (mut wishes, _) = run(&Msg::Put { token: Token(0) }, 0x1000, 3);
+    wishes.epoch = 8.into();
+    assert_eq!(decode(&wishes), Ok(Frame::Ping));
     assert_eq!(decode(&wish(Epoch(10))), Err(FrameError::Epoch { got: 10, ours: 9 }));
     assert_eq!(decode(&Header::ping(ME, Epoch(8))), Ok(Frame::Ping));
 }
@@ -84,6 +87,7 @@ fn a_run_is_as_many_messages() {
         Msg::Grant { terms, contents: Contents::Bytes(()) },
         Msg::Grant { terms, contents: Contents::Zero },
         Msg::Done { token: Token(0) },
+        Msg::Put { token: Token(0) },
     ] {
         let (header, payload) = run(&msg, 0x1000, 3);
         assert_eq!(header.payload_len(), Ok(payload.len()));

@@ -51,13 +51,9 @@ pub(super) fn payload_len(count: u64, has_pages: bool) -> Option<usize> {
 /// Whether two messages may follow each other in a run.
 pub(crate) fn is_alike(a: &Msg<()>, b: &Msg<()>) -> bool {
     let may_run = match a {
-        Msg::Get { .. } | Msg::Decline { .. } | Msg::Done { .. } => true,
+        Msg::Get { .. } | Msg::Decline { .. } | Msg::Done { .. } | Msg::Put { .. } => true,
         Msg::Forward { terms, .. } | Msg::Grant { terms, .. } => terms.acks.is_empty(),
-        Msg::Invalidate { .. }
-        | Msg::InvAck { .. }
-        | Msg::Put { .. }
-        | Msg::Release { .. }
-        | Msg::Awaited { .. } => false,
+        Msg::Invalidate { .. } | Msg::InvAck { .. } | Msg::Release { .. } | Msg::Awaited { .. } => false,
     };
     may_run && *a == b.clone().with_token(a.token())
 }
