@@ -119,6 +119,16 @@ pub fn run(
     })
 }
 
+/// The floor alone, in MiB per second, over so many.
+///
+/// # Errors
+/// It could not be measured.
+pub fn floor(mib: u32, launcher: Launcher<'_>) -> Result<f64, BenchError> {
+    let memory = [HomeRange { start: 0, len: MIB, home: MemberId(1) }];
+    let mut group = Group::start(2, true, &memory, Tuning::default(), launcher)?;
+    straight_line(&mut group, u64::from(mib.max(1)) * MIB)
+}
+
 fn measure(opts: StreamOptions, launcher: Launcher<'_>) -> Result<Run, BenchError> {
     let len = u64::from(opts.mib) * MIB;
     let random_len = (len / 4).max(PAGE_SIZE);

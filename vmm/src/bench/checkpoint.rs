@@ -6,20 +6,18 @@
 //! changes: it may grow with that part, not with the memory.
 
 use super::kernel;
+use super::vm::{BenchError, Folder, Vm, io, median};
 use crate::control::ops::checkpoint::CheckpointReport;
 use serde::Serialize;
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Where the guest's data begins.
 const START: u64 = 16 << 20;
 /// Memory besides the data.
-const BESIDES: u64 = 64;
-/// Longest wait for a guest to fill its memory.
-const FILLED: Duration = Duration::from_secs(300);
+const BESIDES: u32 = 64;
 /// Bytes per write of the floor.
 const PIECE: usize = 1 << 20;
 
@@ -34,34 +32,6 @@ pub struct CheckpointOptions {
     pub runs: u32,
     /// Folder for the checkpoints, on the disk that is to be measured.
     pub dir: PathBuf,
-}
-
-/// The benchmark could not be run.
-#[derive(Debug, thiserror::Error)]
-pub enum BenchError {
-    /// Files, processes.
-    #[error("{what}: {source}")]
-    Io {
-        /// What was tried.
-        what: String,
-        /// Why it did not work.
-        source: io::Error,
-    },
-    /// A command of ours said no.
-    #[error("spanvm {command}: {error}")]
-    Command {
-        /// Its first words.
-        command: String,
-        /// What it printed.
-        error: String,
-    },
-    /// The guest did nothing.
-    #[error("the guest did not fill its memory within {} s", FILLED.as_secs())]
-    Guest,
-}
-
-fn io(what: impl std::fmt::Display) -> impl FnOnce(io::Error) -> BenchError {
-    move |source| BenchError::Io { what: what.to_string(), source }
 }
 
 /// Full checkpoints.
@@ -148,17 +118,17 @@ pub fn run(
     let mut incremental = Vec::new();
     let (mut fulls, mut writes) = (Vec::new(), Vec::new());
     for mib in sizes {
-        let vm = Vm::start(&folder.0, mib, options.dirty_mib)?;
+        let vm = start(&folder.0, mib, options.dirty_mib)?;
         (fulls, writes) = (Vec::new(), Vec::new());
         for _ in 0..options.runs {
-            let report = vm.checkpoint(&["--full"])?;
+            let report = checkpoint(&vm, &folder.0, &["--full"])?;
             writes.push(write_and_sync(&folder.0, report.bytes)?);
             fulls.push(report);
             step();
         }
         let mut parts = Vec::new();
         for _ in 0..options.runs {
-            parts.push(vm.checkpoint(&[])?);
+            parts.push(checkpoint(&vm, &folder.0, &[])?);
             step();
         }
         parts.sort_by_key(|part| part.pages);
@@ -188,18 +158,12 @@ pub fn run(
     })
 }
 
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(0.0)
-}
-
 /// Milliseconds to write so many bytes, and to sync them.
 fn write_and_sync(folder: &Path, bytes: u64) -> Result<f64, BenchError> {
     let path = folder.join("floor");
     let piece: Vec<u8> = (0..PIECE).map(|n| u8::try_from(n % 251).unwrap_or(0)).collect();
     let start = Instant::now();
-    let write = || -> io::Result<()> {
+    let write = || -> std::io::Result<()> {
         let mut file = File::create(&path)?;
         let mut left = bytes;
         while left > 0 {
@@ -215,95 +179,16 @@ fn write_and_sync(folder: &Path, bytes: u64) -> Result<f64, BenchError> {
     Ok(took)
 }
 
-/// A folder that goes with this.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(within: &Path) -> Result<Folder, BenchError> {
-        let path = within.join(format!("spanvm-bench-{}", std::process::id()));
-        let path = std::path::absolute(&path).map_err(io(path.display()))?;
-        fs::create_dir(&path).map_err(io(path.display()))?;
-        Ok(Folder(path))
-    }
+/// A VM whose guest has filled its memory.
+fn start(folder: &Path, mib: u32, dirty_mib: u32) -> Result<Vm, BenchError> {
+    let vm = Vm::start(folder, &mib.to_string(), &guest(mib, dirty_mib), mib + BESIDES)?;
+    vm.await_filled()?;
+    Ok(vm)
 }
 
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
-/// A VM that ends with this.
-struct Vm {
-    name: String,
-    dir: PathBuf,
-}
-
-impl Vm {
-    fn start(folder: &Path, mib: u32, dirty_mib: u32) -> Result<Vm, BenchError> {
-        let name = format!("bench-{}-{mib}", std::process::id());
-        let image = folder.join(&name);
-        fs::write(&image, guest(mib, dirty_mib)).map_err(io(image.display()))?;
-        let memory = format!("--memory={}M", u64::from(mib) + BESIDES);
-        let kernel = format!("--kernel={}", image.display());
-        let vm = Vm { dir: folder.join(format!("{name}.ck")), name };
-        let named = format!("--name={}", vm.name);
-        spanvm(&[
-            "launch",
-            "--members=2",
-            "--cpus=2",
-            "--rng=off",
-            "--detach",
-            "--quiet",
-            &named,
-            &memory,
-            &kernel,
-        ])?;
-        let since = Instant::now();
-        while !spanvm(&["console", &vm.name, "--dump"])?.contains('F') {
-            if since.elapsed() > FILLED {
-                return Err(BenchError::Guest);
-            }
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        Ok(vm)
-    }
-
-    fn checkpoint(&self, more: &[&str]) -> Result<CheckpointReport, BenchError> {
-        let to = self.dir.to_string_lossy();
-        let text = spanvm(&[&["checkpoint", &self.name, "--json", "--to", &to], more].concat())?;
-        serde_json::from_str(&text)
-            .map_err(|e| BenchError::Command { command: "checkpoint".into(), error: e.to_string() })
-    }
-}
-
-impl Drop for Vm {
-    fn drop(&mut self) {
-        let _ = spanvm(&["stop", &self.name]);
-    }
-}
-
-/// Runs this program; returns what it printed.
-fn spanvm(args: &[&str]) -> Result<String, BenchError> {
-    let command = args.first().copied().unwrap_or_default();
-    let child = Command::new("/proc/self/exe")
-        .args(args)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn();
-    let mut child = child.map_err(io(command))?;
-    let (mut out, mut err) = (String::new(), String::new());
-    if let Some(mut stdout) = child.stdout.take() {
-        stdout.read_to_string(&mut out).map_err(io(command))?;
-    }
-    if let Some(mut stderr) = child.stderr.take() {
-        stderr.read_to_string(&mut err).map_err(io(command))?;
-    }
-    if child.wait().map_err(io(command))?.success() {
-        return Ok(out);
-    }
-    Err(BenchError::Command { command: command.into(), error: err.trim().into() })
+fn checkpoint(vm: &Vm, folder: &Path, more: &[&str]) -> Result<CheckpointReport, BenchError> {
+    let dir = folder.join(format!("{}.ck", vm.name));
+    vm.command(&["checkpoint", &vm.name, "--json", "--to", &dir.to_string_lossy()], more)
 }
 
 /// A kernel that writes to each page of its data once, prints an F, and then counts in the pages that change, for ever.

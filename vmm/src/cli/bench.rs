@@ -2,6 +2,7 @@
 
 use super::output;
 use crate::bench::checkpoint::{self, CheckpointOptions};
+use crate::bench::drain::{self, DrainOptions};
 use crate::bench::migrate::{self, MigrateOptions};
 use crate::control::end::End;
 use crate::control::host::chain;
@@ -44,6 +45,8 @@ pub enum Bench {
     Migrate(MigrateArgs),
     /// What a checkpoint costs: time on disk, and for how long the guest stands still. Needs KVM.
     Checkpoint(CheckpointArgs),
+    /// How fast a member that is drained gets rid of its pages, and how much that slows the guest down. Needs KVM.
+    Drain(DrainArgs),
     /// A member process of a benchmark.
     #[command(hide = true)]
     Peer(PeerArgs),
@@ -170,6 +173,20 @@ pub struct CheckpointArgs {
     pub dir: PathBuf,
 }
 
+/// Flags of `bench drain`.
+#[derive(Args, Debug)]
+pub struct DrainArgs {
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// Data that the member has, MiB.
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(4..=2048))]
+    pub mib: u32,
+    /// Runs; the figures are medians over them.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub runs: u32,
+}
+
 /// Flags of `bench peer`.
 #[derive(Args, Debug)]
 pub struct PeerArgs {
@@ -231,6 +248,12 @@ pub fn run(args: &BenchArgs) -> Result<u8, End> {
             };
             let report =
                 checkpoint::run(&options, progress("checkpoint")).map_err(|e| End::Failed(chain(&e)))?;
+            print(&report, args.json)?;
+        }
+        Bench::Drain(args) => {
+            let options = DrainOptions { mib: args.mib, runs: args.runs };
+            let report =
+                drain::run(options, &launcher, progress("drain")).map_err(|e| End::Failed(chain(&e)))?;
             print(&report, args.json)?;
         }
         Bench::Peer(args) => dsm::bench::peer_main(args.addr).map_err(failed)?,
