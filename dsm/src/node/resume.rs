@@ -4,6 +4,7 @@
 //! waits; nobody's rights change. If it fails the peer is dead.
 
 use super::failure::Cause;
+use super::shard::Env;
 use super::shell::Shell;
 use crate::transport::frame::{Frame, HEADER_LEN, Header, Rules};
 use crate::transport::link::Link;
@@ -36,7 +37,7 @@ pub(super) fn resume(shell: &Shell, link: &Link, rules: &Rules<'_>, broke: Cause
         match made {
             Ok(()) => {
                 tracing::warn!("connected to {peer} again");
-                shell.talk(shell.now(), crate::protocol::MemberSet::only(peer));
+                shell.flush(crate::protocol::MemberSet::only(peer), shell.now());
                 return Ok(());
             }
             Err(e) => tracing::debug!("no connection to {peer} yet: {e}"),

@@ -337,7 +337,7 @@ impl Shell {
         self.engine.rest(self, self.now(), resting);
     }
 
-    /// A message has come. `bytes` is its page, if it has one. Returns the peers to be written to, with [`Shell::talk`],
+    /// A message has come. `bytes` is its page, if it has one. Returns the peers to be written to, with [`Env::flush`],
     /// when no more messages are at hand.
     pub(super) fn message(
         &self,
@@ -353,11 +353,6 @@ impl Shell {
     /// The same for a run of messages that came in one frame.
     pub(super) fn run(&self, now: u64, from: MemberId, run: &Run, bytes: &[u8]) -> MemberSet {
         self.engine.run(self, now, from, run, bytes)
-    }
-
-    /// Writes what is queued for these peers.
-    pub(super) fn talk(&self, now: u64, peers: MemberSet) {
-        self.flush(peers, now);
     }
 
     /// The member that leads has told its time.

@@ -2,6 +2,7 @@
 
 use super::failure::Cause;
 use super::resume;
+use super::shard::Env;
 use super::shell::Shell;
 use crate::addr::MemberId;
 use crate::protocol::{MemberSet, Msg};
@@ -122,7 +123,7 @@ fn frames(shell: &Shell, link: &Link) -> Result<(), Cause> {
         // hand costs less than one for each. But not for too many: the peer has work to do with the first of them.
         if !talk.is_empty() && (!reader.has_next() || answered >= BURST) {
             answered = 0;
-            shell.talk(now, std::mem::take(&mut talk));
+            shell.flush(std::mem::take(&mut talk), now);
         }
         let mut is_fresh = false;
         if !reader.has_next() {

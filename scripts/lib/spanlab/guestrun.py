@@ -39,7 +39,7 @@ class Plan:
     """More options of `spanvm launch`."""
     timeout: int = 600
     slow_clock: int = 0
-    """Of the hosts' seconds, how many are one of the guest's; 0: what suits the hosts (`Virtual.slow_clock`)."""
+    """Of the hosts' seconds, how many are one of the guest's; 0: what suits the hosts (`fitting_clock`)."""
     mark: str = ""
     """What the guest says when the counters of its boot are to be read (`Outcome.boot_info`)."""
 
@@ -109,6 +109,18 @@ class Outcome:
             raise Failure("the guest's kernel complains:\n" + "\n".join(complaints[:10]))
 
 
+def fitting_clock(cpu, members):
+    """By how much the clock of a guest over so many virtual hosts is best slower than theirs.
+
+    A fault between emulated hosts takes milliseconds, ten on Intel's: as long as the time between two ticks of a CPU,
+    whose handlers alone need several pages that all CPUs use. With a clock as slow as all the rest a guest ticks as
+    rarely, measured in what it does, as on hardware, and comes to something between two ticks.
+    """
+    if members == 1:
+        return 1
+    return 10 if cpu == "intel" else 4 if members > 2 else 1
+
+
 class Virtual:
     """The machines of a lab: member n runs on host n + 1. Every `look_s` seconds a running guest's counters are read."""
 
@@ -121,17 +133,8 @@ class Virtual:
         self.images = "/opt/spanvm"
 
     def slow_clock(self, plan):
-        """By how much the clock of the guest goes slower than the hosts'.
-
-        A fault between emulated hosts takes milliseconds, ten on Intel's: as long as the time between two ticks of a CPU,
-        whose handlers alone need several pages that all CPUs use. With a clock as slow as all the rest a guest ticks as
-        rarely, measured in what it does, as on hardware, and comes to something between two ticks.
-        """
-        if plan.slow_clock:
-            return plan.slow_clock
-        if plan.members == 1:
-            return 1
-        return 10 if self.lab.cpu == "intel" else 4 if plan.members > 2 else 1
+        """By how much the clock of the guest goes slower than the hosts'."""
+        return plan.slow_clock or fitting_clock(self.lab.cpu, plan.members)
 
     def tsc_khz(self):
         """The frequency of the hosts' time stamp counters, as KVM has it."""

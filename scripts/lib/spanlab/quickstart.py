@@ -136,7 +136,7 @@ def _main():
     # Three emulated hosts on two processors, whose guest's page tables are written to by every walk, take turns for minutes.
     is_crowded = mode == "lab" and options.members > 2
     deadline = options.deadline or (900 if is_crowded else 0)
-    slow = options.slow_clock or (4 if is_crowded else 1)
+    slow = options.slow_clock or (guestrun.fitting_clock("amd", options.members) if mode == "lab" else 1)
     plan = guestrun.Plan(members=options.members, cpus=options.cpus or options.members * (2 if mode == "kvm" else 1),
                          memory_mib=options.memory, disk_mib=16, linger=60,
                          timeout=options.timeout or (5400 if is_crowded else 2400), extra=options.guest_args,

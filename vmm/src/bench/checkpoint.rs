@@ -5,7 +5,7 @@
 //! folder, in turn. The pause of incremental ones is measured with little and with much memory and the same part that
 //! changes: it may grow with that part, not with the memory.
 
-use super::kernel;
+use super::kernel::{self, Touch};
 use super::vm::{BenchError, Folder, Vm, io, median};
 use crate::control::ops::checkpoint::CheckpointReport;
 use serde::Serialize;
@@ -193,26 +193,13 @@ fn checkpoint(vm: &Vm, folder: &Path, more: &[&str]) -> Result<CheckpointReport,
 
 /// A kernel that writes to each page of its data once, prints an F, and then counts in the pages that change, for ever.
 fn guest(mib: u32, dirty_mib: u32) -> Vec<u8> {
-    let pages = |mib: u32| (u64::from(mib) << 20 >> 12).max(1).to_le_bytes();
-    let start = START.to_le_bytes();
+    let pages = |mib: u32| u64::from(mib) << 20 >> 12;
     let mut code = Vec::new();
-    // mov rdi, START; mov rcx, pages
-    code.extend([0x48, 0xBF]);
-    code.extend(start);
-    code.extend([0x48, 0xB9]);
-    code.extend(pages(mib));
-    // mov [rdi], rdi; add rdi, 4096; dec rcx; jnz
-    code.extend([0x48, 0x89, 0x3F, 0x48, 0x81, 0xC7, 0, 0x10, 0, 0, 0x48, 0xFF, 0xC9, 0x75, 0xF1]);
+    kernel::over_pages(&mut code, START, pages(mib), Touch::Write);
     // mov dx, COM1; mov al, 'F'; out dx, al
     code.extend([0x66, 0xBA, 0xF8, 0x03, 0xB0, 0x46, 0xEE]);
-    // mov rdi, START; mov rcx, dirty pages
-    code.extend([0x48, 0xBF]);
-    code.extend(start);
-    code.extend([0x48, 0xB9]);
-    code.extend(pages(dirty_mib.min(mib)));
-    // inc qword [rdi]; add rdi, 4096; dec rcx; jnz; jmp to the second mov
-    code.extend([
-        0x48, 0xFF, 0x07, 0x48, 0x81, 0xC7, 0, 0x10, 0, 0, 0x48, 0xFF, 0xC9, 0x75, 0xF1, 0xEB, 0xDB,
-    ]);
+    kernel::over_pages(&mut code, START, pages(dirty_mib.min(mib)), Touch::Count);
+    // jmp to this loop
+    code.extend([0xEB, 0xDB]);
     kernel::elf(&code)
 }

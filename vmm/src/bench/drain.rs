@@ -7,7 +7,7 @@
 //! one per so many passes. On a machine with few processors that guest takes one away from both members; hosts of their
 //! own have more than the one that it uses.
 
-use super::kernel;
+use super::kernel::{self, Touch};
 use super::vm::{BenchError, Folder, Vm, median, spanvm};
 use crate::control::ops::drain::DrainReport;
 use crate::control::view::VmInfo;
@@ -221,13 +221,7 @@ fn guest(mib: u32, then: Then) -> Vec<u8> {
     code.extend([0x66, 0xBA, 0xFD, 0x03, 0xEC, 0xA8, 0x01, 0x74, 0xFB]);
     // mov dx, COM1; in al, dx
     code.extend([0x66, 0xBA, 0xF8, 0x03, 0xEC]);
-    // mov rdi, START; mov rcx, pages
-    code.extend([0x48, 0xBF]);
-    code.extend(START.to_le_bytes());
-    code.extend([0x48, 0xB9]);
-    code.extend((data >> 12).to_le_bytes());
-    // mov [rdi], rdi; add rdi, 4096; dec rcx; jnz
-    code.extend([0x48, 0x89, 0x3F, 0x48, 0x81, 0xC7, 0, 0x10, 0, 0, 0x48, 0xFF, 0xC9, 0x75, 0xF1]);
+    kernel::over_pages(&mut code, START, data >> 12, Touch::Write);
     // mov al, 'F'; out dx, al
     code.extend([0xB0, 0x46, 0xEE]);
     if then == Then::Rest {
@@ -238,14 +232,8 @@ fn guest(mib: u32, then: Then) -> Vec<u8> {
     // mov rbx, PASSES
     code.extend([0x48, 0xBB]);
     code.extend(PASSES.to_le_bytes());
-    // mov rdi, behind the data; mov rcx, WORK
-    code.extend([0x48, 0xBF]);
-    code.extend((START + data).to_le_bytes());
-    code.extend([0x48, 0xB9]);
-    code.extend(WORK.to_le_bytes());
-    // inc qword [rdi]; add rdi, 4096; dec rcx; jnz
-    code.extend([0x48, 0xFF, 0x07, 0x48, 0x81, 0xC7, 0, 0x10, 0, 0, 0x48, 0xFF, 0xC9, 0x75, 0xF1]);
-    // dec rbx; jnz to mov rdi; mov al, '.'; out dx, al; jmp to mov rbx
+    kernel::over_pages(&mut code, START + data, WORK, Touch::Count);
+    // dec rbx; jnz to this loop; mov al, '.'; out dx, al; jmp to mov rbx
     code.extend([0x48, 0xFF, 0xCB, 0x75, 0xD8, 0xB0, 0x2E, 0xEE, 0xEB, 0xC9]);
     kernel::elf(&code)
 }

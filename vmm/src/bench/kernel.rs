@@ -5,6 +5,32 @@ const ENTRY: u64 = 1 << 20;
 /// Longest code, bytes.
 const LONGEST: usize = 256;
 
+/// What a loop over pages does with each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Touch {
+    /// Write its address to it.
+    Write,
+    /// Add one to its first word.
+    Count,
+}
+
+/// Adds a loop over so many pages from `start` on, at least one; 35 bytes.
+pub(super) fn over_pages(code: &mut Vec<u8>, start: u64, pages: u64, touch: Touch) {
+    // mov rdi, start; mov rcx, pages
+    code.extend([0x48, 0xBF]);
+    code.extend(start.to_le_bytes());
+    code.extend([0x48, 0xB9]);
+    code.extend(pages.max(1).to_le_bytes());
+    code.extend(match touch {
+        // mov [rdi], rdi
+        Touch::Write => [0x48, 0x89, 0x3F],
+        // inc qword [rdi]
+        Touch::Count => [0x48, 0xFF, 0x07],
+    });
+    // add rdi, 4096; dec rcx; jnz
+    code.extend([0x48, 0x81, 0xC7, 0, 0x10, 0, 0, 0x48, 0xFF, 0xC9, 0x75, 0xF1]);
+}
+
 /// A kernel that is this code, of at most 256 bytes.
 pub(super) fn elf(code: &[u8]) -> Vec<u8> {
     let mut elf = vec![0u8; 0x1000];

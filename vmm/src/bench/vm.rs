@@ -2,7 +2,7 @@
 
 use serde::de::DeserializeOwned;
 use std::fs;
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -115,22 +115,11 @@ impl Drop for Vm {
 /// Runs this program; returns what it printed.
 pub(super) fn spanvm(args: &[&str]) -> Result<String, BenchError> {
     let command = args.first().copied().unwrap_or_default();
-    let child = Command::new("/proc/self/exe")
-        .args(args)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn();
-    let mut child = child.map_err(io(command))?;
-    let (mut out, mut err) = (String::new(), String::new());
-    if let Some(mut stdout) = child.stdout.take() {
-        stdout.read_to_string(&mut out).map_err(io(command))?;
+    let output =
+        Command::new("/proc/self/exe").args(args).stdin(Stdio::null()).output().map_err(io(command))?;
+    if output.status.success() {
+        return String::from_utf8(output.stdout).map_err(|e| io(command)(io::Error::other(e)));
     }
-    if let Some(mut stderr) = child.stderr.take() {
-        stderr.read_to_string(&mut err).map_err(io(command))?;
-    }
-    if child.wait().map_err(io(command))?.success() {
-        return Ok(out);
-    }
-    Err(BenchError::Command { command: command.into(), error: err.trim().into() })
+    let error = String::from_utf8_lossy(&output.stderr).trim().into();
+    Err(BenchError::Command { command: command.into(), error })
 }

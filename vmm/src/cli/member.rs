@@ -37,13 +37,9 @@ pub struct MemberArgs {
     pub command: MemberCommand,
 }
 
-/// Flags of `member drain`.
+/// Flags of what moves vCPUs between members.
 #[derive(Args, Debug)]
-pub struct DrainArgs {
-    /// Name of the VM.
-    pub vm: String,
-    /// Number of the member.
-    pub member: u16,
+pub struct HowArgs {
     /// Longest time that the move of one vCPU may take.
     #[arg(long, value_name = "SECONDS", default_value_t = 5.0, value_parser = super::ops::seconds)]
     pub limit: f64,
@@ -53,6 +49,18 @@ pub struct DrainArgs {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Flags of `member drain`.
+#[derive(Args, Debug)]
+pub struct DrainArgs {
+    /// Name of the VM.
+    pub vm: String,
+    /// Number of the member.
+    pub member: u16,
+    /// How it is done.
+    #[command(flatten)]
+    pub how: HowArgs,
 }
 
 /// Flags of `member add`.
@@ -80,15 +88,9 @@ pub struct MigrateArgs {
     /// it, all other members leave.
     #[arg(long, value_name = "HOST,...", value_delimiter = ',', required = true)]
     pub to: Vec<String>,
-    /// Longest time that the move of one vCPU may take.
-    #[arg(long, value_name = "SECONDS", default_value_t = 5.0, value_parser = super::ops::seconds)]
-    pub limit: f64,
-    /// Where the VM is.
+    /// How it is done.
     #[command(flatten)]
-    pub place: PlaceArgs,
-    /// Print JSON.
-    #[arg(long)]
-    pub json: bool,
+    pub how: HowArgs,
 }
 
 /// Flags of `member cancel`.
@@ -162,12 +164,12 @@ fn host(text: String) -> Result<Option<String>, End> {
 /// # Errors
 /// No such VM, or it was not done: the text says how things stand.
 pub async fn migrate(args: MigrateArgs) -> Result<u8, End> {
-    let client = VmClient::new(args.place.place()?, &args.vm);
+    let client = VmClient::new(args.how.place.place()?, &args.vm);
     let hosts = args.to.into_iter().map(host).collect::<Result<_, _>>()?;
-    let body = RelocateBody { hosts, limit_s: Some(args.limit) };
+    let body = RelocateBody { hosts, limit_s: Some(args.how.limit) };
     let work = client.call_slow::<RelocateReport>("/vm/migrate", &body, LONGEST);
-    let report = watched(&client, work, args.json).await?;
-    if args.json {
+    let report = watched(&client, work, args.how.json).await?;
+    if args.how.json {
         output::json(&report)?;
     } else {
         let stays = if report.stays { "; member 0 stays with the devices" } else { "" };
@@ -204,11 +206,11 @@ async fn add(args: AddArgs) -> Result<u8, End> {
 }
 
 async fn drain(args: DrainArgs) -> Result<u8, End> {
-    let client = VmClient::new(args.place.place()?, &args.vm);
-    let body = DrainBody { member: args.member, limit_s: Some(args.limit) };
+    let client = VmClient::new(args.how.place.place()?, &args.vm);
+    let body = DrainBody { member: args.member, limit_s: Some(args.how.limit) };
     let work = client.call_slow::<DrainReport>("/vm/members/drain", &body, LONGEST);
-    let report = watched(&client, work, args.json).await?;
-    if args.json {
+    let report = watched(&client, work, args.how.json).await?;
+    if args.how.json {
         output::json(&report)?;
     } else {
         output::line(&format!(
