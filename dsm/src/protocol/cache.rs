@@ -16,13 +16,13 @@ pub(super) use giving::Demand;
 use super::core::{Command, Effects};
 use super::hold::Hold;
 use super::message::{Contents, MemberSet, Msg, Right, Served, Terms, Token, Want};
+use super::page_map::PageMap;
 use super::pages::Share;
 use super::slots::Slots;
 use crate::addr::MemberId;
 use crate::layout::Page;
 use crate::seeded::{SeededFault, is_on};
 use giving::Deferred;
-use std::collections::BTreeMap;
 
 /// What a member has of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -94,8 +94,8 @@ pub struct Cache<D> {
     share: Share,
     bytes: Vec<u8>,
     stamps: Vec<u32>,
-    pending: BTreeMap<Page, Pending<D>>,
-    deferred: BTreeMap<Page, Deferred>,
+    pending: PageMap<Pending<D>>,
+    deferred: PageMap<Deferred>,
     /// Pages that this event made the member ask itself for.
     fresh: Vec<Page>,
     hold: Hold,
@@ -122,8 +122,8 @@ impl<D> Cache<D> {
             share,
             bytes: vec![0; slots],
             stamps: vec![0; slots],
-            pending: BTreeMap::new(),
-            deferred: BTreeMap::new(),
+            pending: PageMap::default(),
+            deferred: PageMap::default(),
             fresh: Vec::new(),
             hold,
             slots: Slots::default(),
@@ -204,7 +204,7 @@ impl<D> Cache<D> {
     /// An event has been handled in full: what is not answered now has to wait.
     pub(super) fn settle(&mut self) {
         while let Some(page) = self.fresh.pop() {
-            if let Some(pending) = self.pending.get_mut(&page) {
+            if let Some(pending) = self.pending.get_mut(page) {
                 pending.waited = true;
             }
         }
@@ -212,12 +212,12 @@ impl<D> Cache<D> {
 
     /// Whether a request for the page is on its way.
     pub fn is_pending(&self, page: Page) -> bool {
-        self.pending.contains_key(&page)
+        self.pending.contains_key(page)
     }
 
     /// Pages with a request on its way.
     pub fn waiting(&self) -> impl Iterator<Item = Page> + '_ {
-        self.pending.keys().copied()
+        self.pending.keys()
     }
 
     /// Numbers of pages held shared and modified. Walks the whole table.
@@ -291,7 +291,7 @@ impl<D> Cache<D> {
         // A contended page that is read is written next: one request instead of two (migratory sharing; Stenstrom, Brorsson,
         // Sandberg 1993).
         let write = write || self.is_contended(page);
-        if let Some(pending) = self.pending.get_mut(&page) {
+        if let Some(pending) = self.pending.get_mut(page) {
             pending.then_write |= write && (!pending.write || pending.hint);
             pending.ahead = false;
             return;
@@ -323,13 +323,13 @@ impl<D> Cache<D> {
         home: MemberId,
         fx: &mut Effects<D>,
     ) -> Result<(), Rule> {
-        let pending = self.pending.get(&page).filter(|p| p.hint && p.token == token && from == home);
+        let pending = self.pending.get(page).filter(|p| p.hint && p.token == token && from == home);
         let Some(pending) = pending else { return Err("declined what nobody asked for") };
         if pending.grant.is_some() || !pending.acked.is_empty() {
             return Err("declined what was granted");
         }
         let (is_awaited, write) = (!pending.ahead, pending.then_write);
-        self.pending.remove(&page);
+        self.pending.remove(page);
         if is_awaited {
             self.request(now, page, Reason::fault(write), home, fx);
         }
@@ -399,7 +399,7 @@ impl<D> Cache<D> {
         fx: &mut Effects<D>,
     ) -> Result<(), Rule> {
         let state = self.state(page);
-        let Some(pending) = self.pending.get_mut(&page) else {
+        let Some(pending) = self.pending.get_mut(page) else {
             return Err("granted a page that nobody asked for");
         };
         if pending.token != terms.token {
@@ -443,7 +443,7 @@ impl<D> Cache<D> {
         home: MemberId,
         fx: &mut Effects<D>,
     ) -> Result<(), Rule> {
-        let Some(pending) = self.pending.get_mut(&page).filter(|p| p.write) else {
+        let Some(pending) = self.pending.get_mut(page).filter(|p| p.write) else {
             return Err("acknowledged an invalidation that nobody waits for");
         };
         if pending.token != token {
@@ -458,7 +458,7 @@ impl<D> Cache<D> {
     }
 
     fn complete(&mut self, now: u64, page: Page, home: MemberId, fx: &mut Effects<D>) -> Result<(), Rule> {
-        let Some(pending) = self.pending.get(&page) else { return Ok(()) };
+        let Some(pending) = self.pending.get(page) else { return Ok(()) };
         let Some((terms, _)) = &pending.grant else { return Ok(()) };
         if pending.acked.0 & !terms.acks.0 != 0 {
             return Err("the acknowledgements are not the ones that the home asked for");
@@ -466,7 +466,7 @@ impl<D> Cache<D> {
         if pending.acked != terms.acks && !is_on(SeededFault::WriteBeforeAcks) {
             return Ok(());
         }
-        let Some(pending) = self.pending.remove(&page) else { return Ok(()) };
+        let Some(pending) = self.pending.remove(page) else { return Ok(()) };
         let Some((terms, contents)) = pending.grant else { return Ok(()) };
         let state = match terms.right {
             Right::Shared => State::Shared,

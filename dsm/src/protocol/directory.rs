@@ -4,11 +4,12 @@ use super::Violation;
 use super::cache::Rule;
 use super::core::Effects;
 use super::message::{Contents, MemberSet, Msg, Right, Terms, Token};
+use super::page_map::PageMap;
 use super::pages::Share;
 use crate::addr::MemberId;
 use crate::layout::Page;
 use crate::seeded::{SeededFault, is_on};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 
 /// Who has a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -135,12 +136,12 @@ pub struct Directory {
     me: MemberId,
     share: Share,
     entries: Vec<Packed>,
-    busy: BTreeMap<Page, Busy>,
+    busy: PageMap<Busy>,
 }
 
 impl Directory {
     pub(super) fn new(me: MemberId, share: Share, pages: u32) -> Directory {
-        Directory { me, share, entries: vec![[0, 0]; share.slots(pages)], busy: BTreeMap::new() }
+        Directory { me, share, entries: vec![[0, 0]; share.slots(pages)], busy: PageMap::default() }
     }
 
     /// Who has a page, as of the transaction that was begun last.
@@ -208,13 +209,13 @@ impl Directory {
 
     /// Whether a transaction of the page is under way.
     pub fn is_busy(&self, page: Page) -> bool {
-        self.busy.contains_key(&page)
+        self.busy.contains_key(page)
     }
 
     /// Somebody asks for a page.
     pub(super) fn get<D>(&mut self, page: Page, request: Request, fx: &mut Effects<D>) -> Result<(), Blame> {
         let Request { from, token, .. } = request;
-        if let Some(busy) = self.busy.get_mut(&page) {
+        if let Some(busy) = self.busy.get_mut(page) {
             if busy.requester == Some(from) || busy.queue.iter().any(|r| r.from == from) {
                 return Err(Blame { who: from, rule: "asked again before it had its answer" });
             }
@@ -269,13 +270,13 @@ impl Directory {
         token: Token,
         fx: &mut Effects<D>,
     ) -> Result<(), Blame> {
-        match self.busy.get(&page) {
+        match self.busy.get(page) {
             Some(busy) if busy.closer == from && busy.token == token => {}
             Some(_) if is_on(SeededFault::DoneByAnyone) => {}
             None if is_on(SeededFault::EarlyNext) => return Ok(()),
             _ => return Err(Blame { who: from, rule: "ended a transaction that is not its own" }),
         }
-        let mut queue = self.busy.remove(&page).map(|b| b.queue).unwrap_or_default();
+        let mut queue = self.busy.remove(page).map(|b| b.queue).unwrap_or_default();
         match queue.pop_front() {
             Some(next) => self.start(page, next, queue, fx),
             None => Ok(()),

@@ -34,6 +34,7 @@ pub mod directory;
 pub mod hold;
 pub mod homes;
 pub mod message;
+mod page_map;
 pub mod pages;
 pub mod slots;
 

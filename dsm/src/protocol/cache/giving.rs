@@ -69,7 +69,7 @@ impl<D> Cache<D> {
                 true
             }
         };
-        if self.deferred.contains_key(&page) {
+        if self.deferred.contains_key(page) {
             return Err("started a transaction before the one in front of it had ended");
         }
         if loses
@@ -122,7 +122,7 @@ impl<D> Cache<D> {
         home: MemberId,
         fx: &mut Effects<D>,
     ) {
-        let Some(until) = self.deferred.get(&page).map(|d| d.until) else { return };
+        let Some(until) = self.deferred.get(page).map(|d| d.until) else { return };
         let age = self.age(now, page).unwrap_or(u64::MAX);
         let sooner = self.held_until(now, page, age, requester, is_patient);
         if sooner >= until {
@@ -130,7 +130,7 @@ impl<D> Cache<D> {
         }
         if sooner <= now {
             self.serve_deferred(page, home, fx);
-        } else if let Some(deferred) = self.deferred.get_mut(&page) {
+        } else if let Some(deferred) = self.deferred.get_mut(page) {
             deferred.until = sooner;
             fx.push(Command::Timer { page, at: sooner });
         }
@@ -139,9 +139,9 @@ impl<D> Cache<D> {
     /// A hold time may have run out.
     pub(in crate::protocol) fn timer(&mut self, now: u64, page: Page, home: MemberId, fx: &mut Effects<D>) {
         // An early timer is left over from a hold that ended early; every hold sets its own.
-        if self.deferred.get(&page).is_some_and(|d| d.until <= now)
+        if self.deferred.get(page).is_some_and(|d| d.until <= now)
             && !is_on(SeededFault::EndlessHold)
-            && let Some(deferred) = self.deferred.remove(&page)
+            && let Some(deferred) = self.deferred.remove(page)
         {
             self.serve(page, deferred.demand, home, fx);
         }
@@ -149,7 +149,7 @@ impl<D> Cache<D> {
 
     /// Does what was put off, if anything was.
     pub(super) fn serve_deferred(&mut self, page: Page, home: MemberId, fx: &mut Effects<D>) {
-        if let Some(deferred) = self.deferred.remove(&page) {
+        if let Some(deferred) = self.deferred.remove(page) {
             self.serve(page, deferred.demand, home, fx);
         }
     }
@@ -219,8 +219,8 @@ impl<D> Cache<D> {
         home_of: impl Fn(Page) -> Option<MemberId>,
         fx: &mut Effects<D>,
     ) {
-        let meant = self.deferred.iter().filter(|(page, d)| self.is_contended(**page) && is_meant(d));
-        let pages: Vec<Page> = meant.map(|(page, _)| *page).collect();
+        let meant = self.deferred.iter().filter(|(page, d)| self.is_contended(*page) && is_meant(d));
+        let pages: Vec<Page> = meant.map(|(page, _)| page).collect();
         for page in pages {
             self.shorten(now, page, &home_of, fx);
         }
@@ -236,14 +236,14 @@ impl<D> Cache<D> {
     ) {
         let age = self.age(now, page).unwrap_or(u64::MAX);
         let least = self.hold.time(0);
-        let Some(deferred) = self.deferred.get_mut(&page) else { return };
+        let Some(deferred) = self.deferred.get_mut(page) else { return };
         if age < least {
             let until = now.saturating_add(least - age);
             if until < deferred.until {
                 deferred.until = until;
                 fx.push(Command::Timer { page, at: until });
             }
-        } else if let (Some(home), Some(deferred)) = (home_of(page), self.deferred.remove(&page)) {
+        } else if let (Some(home), Some(deferred)) = (home_of(page), self.deferred.remove(page)) {
             self.serve(page, deferred.demand, home, fx);
         }
     }
@@ -258,7 +258,7 @@ impl<D> Cache<D> {
     ) {
         self.resting = resting;
         self.served = self.slots.number(now);
-        let held: Vec<Page> = if resting { self.deferred.keys().copied().collect() } else { Vec::new() };
+        let held: Vec<Page> = if resting { self.deferred.keys().collect() } else { Vec::new() };
         for page in held {
             self.shorten(now, page, &home_of, fx);
         }
@@ -268,7 +268,7 @@ impl<D> Cache<D> {
     pub(in crate::protocol) fn evictable(&self, now: u64, page: Page) -> Option<State> {
         let state = self.state(page);
         let is_held = || self.age(now, page).is_some_and(|age| age <= self.hold.time(self.level(page)));
-        let is_free = !self.is_pending(page) && !self.deferred.contains_key(&page);
+        let is_free = !self.is_pending(page) && !self.deferred.contains_key(page);
         let is_here = state != State::Invalid && !self.is_in_image(page);
         (is_here && is_free && !is_held()).then_some(state)
     }
@@ -298,7 +298,7 @@ impl<D> Cache<D> {
         if self.state(page) != State::Shared {
             return Err("released a copy that is not here");
         }
-        if self.deferred.contains_key(&page) {
+        if self.deferred.contains_key(page) {
             return Err("started a transaction before the one in front of it had ended");
         }
         fx.push(Command::Drop { page });
