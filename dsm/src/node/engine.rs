@@ -73,8 +73,8 @@ impl Engine {
         self.shards.iter().map(lock)
     }
 
-    /// A thread waits for a page. Says whether another member is asked for it.
-    pub(crate) fn fault(&self, env: &impl Env, now: u64, page: Page, write: bool) -> bool {
+    /// A thread waits for a page. If another member is asked for it: to whom messages went.
+    pub(crate) fn fault(&self, env: &impl Env, now: u64, page: Page, write: bool) -> Option<MemberSet> {
         let mut shard = self.shard(page);
         let is_on_its_way = shard.core.cache().is_pending(page);
         let mut after = process(&mut shard, env, now, Event::Fault { page, write });
@@ -94,8 +94,9 @@ impl Engine {
                 after.add(process_run(&mut shard, env, now, run.map(hint), &[]));
             }
         }
-        self.follow_up(env, after, now);
-        is_remote
+        let talk = self.settle(env, after, now);
+        env.flush(talk, now);
+        is_remote.then_some(talk)
     }
 
     fn ask_ahead(&self, env: &impl Env, pages: Vec<Page>, now: u64, after: &mut After) {

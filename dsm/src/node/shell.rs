@@ -295,7 +295,11 @@ impl Shell {
     pub(super) fn fault(&self, fault: Fault) {
         let Fault { page, write, thread } = fault;
         let now = self.now();
-        let remote = self.engine.fault(self, now, page, write);
+        let asked = self.engine.fault(self, now, page, write);
+        let remote = asked.is_some();
+        for peer in asked.unwrap_or(MemberSet::EMPTY).iter() {
+            self.with_link(peer, |link| link.ear().ask(now));
+        }
         if remote {
             lock(&self.recent).note(thread, page, write);
         }

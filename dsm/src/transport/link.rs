@@ -7,6 +7,7 @@
 //! A link that keeps its frames outlives its stream: what the peer has not said to have received is sent again on the next
 //! one, see [`super::kept`].
 
+use super::ear::Ear;
 use super::frame::{HEADER_LEN, Header, MAX_FRAME};
 use super::kept::{Gap, Kept};
 use crate::addr::MemberId;
@@ -124,6 +125,7 @@ pub struct Link<S = TcpStream> {
     got_messages: AtomicU64,
     got_bytes: AtomicU64,
     resumed: AtomicU64,
+    ear: Ear,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -168,6 +170,7 @@ impl<S: Socket> Link<S> {
             got_messages: AtomicU64::new(0),
             got_bytes: AtomicU64::new(0),
             resumed: AtomicU64::new(0),
+            ear: Ear::default(),
         }
     }
 
@@ -354,12 +357,18 @@ impl<S: Socket> Link<S> {
     /// Notes that bytes arrived.
     pub fn note_read(&self, now: u64, bytes: usize) {
         self.heard.store(now, Ordering::Relaxed);
+        self.ear.heard(now);
         self.got_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
     /// Notes that a message arrived.
     pub fn note_message(&self) {
         self.got_messages.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How answers are waited for.
+    pub fn ear(&self) -> &Ear {
+        &self.ear
     }
 
     /// When bytes arrived last.

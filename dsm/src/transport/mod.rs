@@ -4,7 +4,9 @@
 //! - [`frame`] is the page protocol on the wire: a fixed little-endian header, then a page or nothing.
 //! - [`run`] puts messages about neighbouring pages into one frame.
 //! - [`link`] sends without ever blocking: what the socket does not take at once waits in a queue.
+//! - [`ear`] looks for an answer that should be here soon, rather than sleep.
 
+pub mod ear;
 pub mod frame;
 mod handshake;
 pub mod kept;
