@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use vmm::interrupts::{Destination, InterruptMessage};
 use vmm::kvm::cpuid::{Cores, CpuidTable};
 use vmm::kvm::exec::{Machine, Runner, VcpuEnd};
+use vmm::kvm::gate::Gate;
 use vmm::kvm::handle::VcpuHandle;
 use vmm::kvm::vcpu::Vcpu;
 use vmm::kvm::vm::Vm;
@@ -234,7 +235,7 @@ fn memory() -> &'static mut [u8] {
 }
 
 #[test]
-fn ipis_timers_and_startup_in_real_mode() {
+fn ipis_timers_startup_and_the_gate_in_real_mode() {
     let Ok(kvm) = kvm_ioctls::Kvm::new() else {
         eprintln!("skipped: /dev/kvm can't be opened");
         return;
@@ -258,7 +259,8 @@ fn ipis_timers_and_startup_in_real_mode() {
         vm.map(0, 0, 1 << 20, ram.as_mut_ptr()).unwrap();
     }
 
-    let vcpus: Vec<_> = (0..2).map(|id| Arc::new(VcpuHandle::new(id, true))).collect();
+    let gate = Arc::new(Gate::default());
+    let vcpus: Vec<_> = (0..2).map(|id| Arc::new(VcpuHandle::new(id, true, gate.clone()))).collect();
     // Offset 0: the software variant's guests read the host's TSC.
     let khz = vmm::member::facts::host_tsc_khz().unwrap_or(2_000_000);
     let clock = Arc::new(GuestClock::new(TscScale::IDENTITY, khz, 0));
@@ -284,10 +286,14 @@ fn ipis_timers_and_startup_in_real_mode() {
             std::thread::spawn(move || runner.run())
         })
         .collect();
+    let mut out = 0;
     while !machine.done.load(Ordering::SeqCst) && start.elapsed() < Duration::from_secs(20) {
         if threads.iter().any(|t| t.is_finished()) {
             break;
         }
+        gate.together(&vcpus, Duration::from_micros(10), || {
+            out += u32::from(!vcpus.iter().any(|v| v.is_inside()));
+        });
         std::thread::sleep(Duration::from_millis(5));
     }
     let took = start.elapsed();
@@ -297,6 +303,7 @@ fn ipis_timers_and_startup_in_real_mode() {
     }
     let stats: Vec<_> = vcpus.iter().map(|v| v.stats()).collect();
     assert_eq!(*machine.output.lock().unwrap(), "AITE", "after {took:?}: {stats:#?}");
+    assert!(out > 0, "never were all vCPUs out of the guest");
     assert!(stats[0].timer_fires >= 30 && stats[1].injections >= 2000, "{stats:?}");
     eprintln!("took {took:?}: {stats:?}");
 }

@@ -60,6 +60,8 @@ pub trait Handler: Send + Sync {
     fn host_clock(&self) -> u64;
     /// An answered clock sample.
     fn clock_sample(&self, sample: Sample);
+    /// Time to correct the clock, if it is off. May take a millisecond.
+    fn steer_clock(&self);
     /// The clock is known well enough for samples at leisure.
     fn clock_is_settled(&self) -> bool;
     /// A peer ends the VM.
@@ -509,6 +511,7 @@ impl Fabric {
                 }
             }
             if self.me != coordinator {
+                handler.steer_clock();
                 self.send(coordinator, &Message::Ping { sent: handler.host_clock() });
             }
             if last_beat.is_none_or(|at: Instant| at.elapsed() >= TICK) {

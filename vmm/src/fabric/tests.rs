@@ -73,6 +73,7 @@ impl Handler for Recorder {
         assert!(sample.sent <= sample.remote_received && sample.remote_sent <= sample.received);
         self.samples.fetch_add(1, Ordering::SeqCst);
     }
+    fn steer_clock(&self) {}
     fn clock_is_settled(&self) -> bool {
         self.samples.load(Ordering::SeqCst) > 20
     }

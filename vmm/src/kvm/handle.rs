@@ -5,13 +5,14 @@
 //! message or the ringer sees the announcement.
 
 use super::desk::{Desk, Order};
+use super::gate::Gate;
 use super::image::{Inbox, VcpuImage};
 use super::signal;
 use crate::interrupts::lapic::LocalApic;
 use crate::interrupts::{DeliveryMode, Destination, InterruptMessage};
 use crate::member::stats::VcpuStats;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// Bits of the mailbox.
@@ -101,6 +102,9 @@ pub struct VcpuHandle {
     downtime_ns: AtomicU64,
     mailbox: AtomicU32,
     place: AtomicU32,
+    /// In KVM_RUN, or about to call it. Unlike `place`, only its thread changes this.
+    inside: AtomicBool,
+    gate: Arc<Gate>,
     startup: AtomicU32,
     tid: AtomicI32,
     desk: Desk,
@@ -109,8 +113,8 @@ pub struct VcpuHandle {
 }
 
 impl VcpuHandle {
-    /// A vCPU after power-up, which lives here or elsewhere.
-    pub fn new(id: u32, here: bool) -> VcpuHandle {
+    /// A vCPU after power-up, which lives here or elsewhere. All of one member have the same gate.
+    pub fn new(id: u32, here: bool, gate: Arc<Gate>) -> VcpuHandle {
         VcpuHandle {
             id,
             apic: Mutex::new(LocalApic::new(id, id == 0)),
@@ -119,6 +123,8 @@ impl VcpuHandle {
             downtime_ns: AtomicU64::new(0),
             mailbox: AtomicU32::new(0),
             place: AtomicU32::new(place::HOST),
+            inside: AtomicBool::new(false),
+            gate,
             startup: AtomicU32::new(0),
             tid: AtomicI32::new(0),
             desk: Desk::default(),
@@ -324,10 +330,11 @@ impl VcpuHandle {
         self.startup.load(Ordering::SeqCst)
     }
 
-    /// Announces KVM_RUN. False when there is mail: then don't.
+    /// Announces KVM_RUN. False when there is mail, or the gate is closed: then don't, but [`VcpuHandle::pass_gate`].
     pub(super) fn enter_guest(&self) -> bool {
+        self.inside.store(true, Ordering::SeqCst);
         self.place.store(place::GUEST, Ordering::SeqCst);
-        let clear = self.mailbox.load(Ordering::SeqCst) == 0;
+        let clear = self.mailbox.load(Ordering::SeqCst) == 0 && !self.gate.is_closed();
         if !clear {
             self.leave_guest();
         }
@@ -336,6 +343,17 @@ impl VcpuHandle {
 
     pub(super) fn leave_guest(&self) {
         self.place.store(place::HOST, Ordering::SeqCst);
+        self.inside.store(false, Ordering::SeqCst);
+    }
+
+    /// Waits while the gate is closed.
+    pub(super) fn pass_gate(&self) {
+        self.gate.pass();
+    }
+
+    /// It may be executing guest instructions.
+    pub fn is_inside(&self) -> bool {
+        self.inside.load(Ordering::SeqCst)
     }
 
     /// Sleeps until there is mail, a signal comes, or the time is over.
@@ -346,7 +364,7 @@ impl VcpuHandle {
     }
 }
 
-fn futex_wait(word: &AtomicU32, expected: u32, timeout: Option<Duration>) {
+pub(super) fn futex_wait(word: &AtomicU32, expected: u32, timeout: Option<Duration>) {
     let spec = timeout.map(|t| libc::timespec {
         tv_sec: i64::try_from(t.as_secs()).unwrap_or(i64::MAX),
         tv_nsec: i64::from(t.subsec_nanos()),
@@ -365,6 +383,16 @@ fn futex_wait(word: &AtomicU32, expected: u32, timeout: Option<Duration>) {
 }
 
 fn futex_wake(word: &AtomicU32) {
+    wake(word, 1);
+}
+
+pub(super) fn futex_wake_all(word: &AtomicU32) {
+    wake(word, i32::MAX);
+}
+
+fn wake(word: &AtomicU32, count: i32) {
     // SAFETY: only the address of the word is used.
-    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, 1) };
+    unsafe {
+        libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, count)
+    };
 }

@@ -11,6 +11,7 @@ use crate::fabric::wire::{StopReason, VcpuGroup};
 use crate::fabric::{Fabric, Handler};
 use crate::interrupts::{InterruptMessage, IrqLines};
 use crate::kvm::exec::Machine;
+use crate::kvm::gate::Gate;
 use crate::kvm::handle::VcpuHandle;
 use crate::kvm::image::Ticket;
 use crate::layout::{IOAPIC_SIZE, IOAPIC_START};
@@ -28,6 +29,8 @@ pub struct MemberMachine {
     pub(super) platform: Platform,
     pub(super) fabric: Arc<Fabric>,
     pub(super) clock: Arc<GuestClock>,
+    /// Of all vCPUs here.
+    pub(super) gate: Arc<Gate>,
     /// `None` at the coordinator, and where the clock can't be set.
     pub(super) discipline: Option<Discipline>,
     pub(super) happenings: Sender<Happening>,
@@ -205,8 +208,16 @@ impl Handler for MemberMachine {
     }
 
     fn clock_sample(&self, sample: Sample) {
-        if self.discipline.as_ref().is_some_and(|d| d.sample(sample)) {
-            self.switchboard.vcpus().for_each(|v| v.clock_changed());
+        if let Some(discipline) = &self.discipline {
+            discipline.sample(sample);
+        }
+    }
+
+    fn steer_clock(&self) {
+        if let Some(discipline) = &self.discipline {
+            discipline.steer(self.clock.scaled_now(), |hold, apply| {
+                self.gate.together(self.switchboard.handles(), hold, apply);
+            });
         }
     }
 

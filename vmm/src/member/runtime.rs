@@ -24,6 +24,7 @@ use crate::fabric::Fabric;
 use crate::interrupts::lapic::LocalApic;
 use crate::kvm::cpuid::Cores;
 use crate::kvm::exec::Runner;
+use crate::kvm::gate::Gate;
 use crate::kvm::handle::VcpuHandle;
 use crate::kvm::still::VcpuStill;
 use crate::kvm::vcpu::Vcpu;
@@ -182,9 +183,10 @@ impl Member {
             }
         }
         let vcpus = topology.vcpus.iter().filter(|member| lives_here(member)).count();
+        let gate = Arc::new(Gate::default());
         let handles: Vec<_> = (0u32..)
             .zip(&topology.vcpus)
-            .map(|(id, member)| Arc::new(VcpuHandle::new(id, lives_here(member))))
+            .map(|(id, member)| Arc::new(VcpuHandle::new(id, lives_here(member), gate.clone())))
             .collect();
         let board = Switchboard::new(plan.me, placement, handles, fabric.clone());
         let switchboard = Arc::new(board);
@@ -201,6 +203,7 @@ impl Member {
             platform,
             fabric: fabric.clone(),
             clock: clock.clone(),
+            gate,
             discipline: follows.then(|| Discipline::new(clock.clone())),
             happenings: happenings.clone(),
             rest: Rest::new(vcpus, ram.dsm().map(Dsm::handle)),

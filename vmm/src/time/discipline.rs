@@ -4,6 +4,7 @@ use super::filter::{ClockFilter, Sample};
 use super::tsc::GuestClock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 /// Windows of the filter before the clock counts as known.
 const SETTLED_WINDOWS: usize = 4;
@@ -24,7 +25,17 @@ pub struct Discipline {
     settled: AtomicBool,
     /// vCPUs run: no more jumps.
     running: AtomicBool,
+    /// Samples have come since the last correction.
+    is_new: AtomicBool,
     bound_ns: AtomicU64,
+}
+
+/// How a clock is to be set.
+struct Correction {
+    /// Offset of the members' common clock.
+    offset: u64,
+    /// For so long no vCPU may run, so that none sees it go back.
+    hold: Duration,
 }
 
 impl Discipline {
@@ -35,6 +46,7 @@ impl Discipline {
             filter: Mutex::default(),
             settled: AtomicBool::new(false),
             running: AtomicBool::new(false),
+            is_new: AtomicBool::new(false),
             bound_ns: AtomicU64::new(0),
         }
     }
@@ -54,30 +66,50 @@ impl Discipline {
         self.bound_ns.load(Ordering::Relaxed)
     }
 
-    /// Takes a sample in. True when the clock was corrected, so vCPUs must follow.
-    pub fn sample(&self, sample: Sample) -> bool {
+    /// Takes a sample in. Until the start the clock follows at once, then in [`Discipline::steer`].
+    pub fn sample(&self, sample: Sample) {
         let mut filter = self.filter.lock().unwrap_or_else(PoisonError::into_inner);
         if !filter.add(sample) || filter.windows() < SETTLED_WINDOWS {
-            return false;
+            return;
         }
-        let Some(estimate) = filter.estimate(sample.received) else { return false };
         drop(filter);
+        if self.running.load(Ordering::SeqCst) {
+            self.is_new.store(true, Ordering::SeqCst);
+        } else if let Some(correction) = self.correction(sample.received) {
+            self.clock.set_common_offset(correction.offset);
+        }
+        self.settled.store(true, Ordering::SeqCst);
+    }
+
+    /// Corrects a running clock, at scaled host TSC `now`, if samples have come and say that it is off. `together` is to carry out what it is given
+    /// at a moment when no vCPU here runs, and to keep them out for so long: else one could read the new clock, tell
+    /// another, and that one read the old.
+    pub fn steer(&self, now: u64, together: impl FnOnce(Duration, &dyn Fn())) {
+        if !self.is_new.swap(false, Ordering::SeqCst) {
+            return;
+        }
+        if let Some(Correction { offset, hold }) = self.correction(now) {
+            together(hold, &|| self.clock.set_common_offset(offset));
+        }
+    }
+
+    /// What is to be corrected at scaled host TSC `now`.
+    fn correction(&self, now: u64) -> Option<Correction> {
+        let estimate = self.filter.lock().unwrap_or_else(PoisonError::into_inner).estimate(now)?;
         let current = self.clock.common_offset();
         let error = estimate.offset.wrapping_sub(current);
         let backward = error > u64::MAX / 2;
         let size = if backward { error.wrapping_neg() } else { error };
         let running = self.running.load(Ordering::SeqCst);
         let step = if running { size.min(self.clock.ns_to_ticks(STEP_NS)) } else { size };
-        let left = size - step;
-        let bound = self.clock.ticks_to_ns(estimate.bound.saturating_add(left));
+        let bound = self.clock.ticks_to_ns(estimate.bound.saturating_add(size - step));
         self.bound_ns.store(bound, Ordering::Relaxed);
-        let due = !running || size > self.clock.ns_to_ticks(TOLERANCE_NS);
-        if due && step != 0 {
-            let new = if backward { current.wrapping_sub(step) } else { current.wrapping_add(step) };
-            self.clock.set_common_offset(new);
+        if step == 0 || (running && size <= self.clock.ns_to_ticks(TOLERANCE_NS)) {
+            return None;
         }
-        self.settled.store(true, Ordering::SeqCst);
-        due && step != 0
+        let offset = if backward { current.wrapping_sub(step) } else { current.wrapping_add(step) };
+        let hold = if backward { Duration::from_nanos(self.clock.ticks_to_ns(step)) } else { Duration::ZERO };
+        Some(Correction { offset, hold })
     }
 }
 
@@ -102,12 +134,17 @@ mod tests {
         let (clock, discipline) = discipline();
         let mut at = 0;
         let mut feed = |offset: u64, count: usize| {
-            (0..count)
-                .filter(|_| {
-                    at += 100_000_000;
-                    discipline.sample(sample(at, offset))
-                })
-                .count()
+            let mut corrected = 0;
+            for _ in 0..count {
+                at += 100_000_000;
+                discipline.sample(sample(at, offset));
+                discipline.steer(at, |hold, apply| {
+                    assert!(hold <= Duration::from_nanos(STEP_NS), "{hold:?}");
+                    apply();
+                    corrected += 1;
+                });
+            }
+            corrected
         };
         feed(1 << 40, 40);
         assert!(discipline.is_settled());
@@ -129,6 +166,10 @@ mod tests {
                 discipline.start();
             }
             discipline.sample(sample(at, offset));
+            discipline.steer(at + 40_000, |hold, apply| {
+                assert_eq!(hold, Duration::ZERO, "forward nobody has to wait");
+                apply();
+            });
             if n > 400 {
                 worst = worst.max(clock.common_offset().abs_diff(offset));
                 let step = clock.common_offset().abs_diff(last.unwrap_or(clock.common_offset()));

@@ -227,6 +227,7 @@ impl<M: Machine> Runner<M> {
         self.arm_timer(attention, deadline);
 
         if !self.handle.enter_guest() {
+            self.handle.pass_gate();
             return Ok(None);
         }
         if self.arrived.is_some() {
