@@ -1,5 +1,5 @@
-//! Guest memory as this process sees it: private anonymous mappings under userfaultfd. All `unsafe` of the
-//! crate lives in this folder.
+//! Guest memory as this process sees it: private anonymous mappings under userfaultfd. All `unsafe` that
+//! concerns memory lives in this folder.
 //!
 //! - [`Region`] maps the ranges and registers them with one or several userfaultfds.
 //! - [`Kernel`] carries out what the protocol commands for a page: fill it with a right, protect, unprotect, read,

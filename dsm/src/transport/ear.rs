@@ -53,7 +53,7 @@ impl Default for Ear {
             thread: AtomicI32::new(0),
             sleeps: AtomicBool::new(false),
             asked: AtomicU64::new(0),
-            takes: AtomicU64::new(QUICK * 2),
+            takes: AtomicU64::new(2 * QUICK),
         }
     }
 }
@@ -84,7 +84,8 @@ impl Ear {
     pub fn heard(&self, now: u64) {
         let asked = self.asked.swap(0, Ordering::Relaxed);
         if asked != 0 {
-            let took = now.saturating_sub(asked);
+            // One answer that took for ever, because a processor was taken away, says little about the next.
+            let took = now.saturating_sub(asked).min(2 * QUICK);
             let takes = self.takes.load(Ordering::Relaxed);
             self.takes.store(takes - takes / WEIGHT + took / WEIGHT, Ordering::Relaxed);
         }
