@@ -20,7 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// How much to measure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FaultOptions {
-    /// Pages per run, at least 10; half of them have their home here, half at the peer.
+    /// Pages of each run, at least 10; half of them have their home here, half at the peer.
     pub pages: u32,
     /// Runs; the figures are medians over them.
     pub runs: u32,
@@ -145,10 +145,9 @@ pub fn run(
     }
     let mut is_awake = opts.tuning.is_pinned;
     let half = u64::from(opts.pages / 2) * PAGE_SIZE;
-    let memory = [
-        HomeRange { start: 0, len: half, home: MemberId(0) },
-        HomeRange { start: half, len: half, home: MemberId(1) },
-    ];
+    // Each run has pages of its own: those that have gone to and fro a few times count as contended, and are held.
+    let homes = (0..u64::from(opts.runs) * 2).zip([MemberId(0), MemberId(1)].into_iter().cycle());
+    let memory: Vec<_> = homes.map(|(n, home)| HomeRange { start: n * half, len: half, home }).collect();
     let mut group = Group::start(2, true, &memory, opts.tuning, launcher)?;
     let listener = TcpListener::bind("127.0.0.1:0").map_err(io_step("can't listen on loopback"))?;
     let addr = listener.local_addr().map_err(io_step("can't listen on loopback"))?;
@@ -168,15 +167,16 @@ pub fn run(
         let mut rtt = round_trips(&mut stream, count)?;
         let mut local = local_faults(opts.pages)?;
         // The peer writes, so that it has every page; then this process reads, upgrades, gives back, and writes.
+        let gpa = u64::from(n) * 2 * half;
         let give = |group: &mut Group, value| {
             let pages = u64::from(opts.pages / 2) * 2;
-            group.all(|_| Work::Fill { gpa: 0, pages, value }, PATIENCE)
+            group.all(|_| Work::Fill { gpa, pages, value }, PATIENCE)
         };
         give(&mut group, u64::from(n) * 2 + 1)?;
-        let mut read = touch(&group, 0, 2 * half, false);
-        let mut upgrade = touch(&group, 0, 2 * half, true);
+        let mut read = touch(&group, gpa, 2 * half, false);
+        let mut upgrade = touch(&group, gpa, 2 * half, true);
         give(&mut group, u64::from(n) * 2 + 2)?;
-        let mut write = touch(&group, 0, 2 * half, true);
+        let mut write = touch(&group, gpa, 2 * half, true);
         // The floor again, so that a disturbance at one moment does not make it look high or low.
         rtt.extend(round_trips(&mut stream, count)?);
         local.extend(local_faults(opts.pages)?);
