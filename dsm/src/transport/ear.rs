@@ -11,7 +11,7 @@
 
 use std::io::{self, Read};
 use std::net::TcpStream;
-use std::sync::Once;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -93,14 +93,16 @@ impl Ear {
 
     /// The calling thread is the receive thread, and reads from `stream`.
     pub fn attend<'a>(&'a self, stream: &'a TcpStream) -> Listener<'a> {
-        static INSTALLED: Once = Once::new();
-        INSTALLED.call_once(|| {
-            if let Err(e) = register_signal_handler(signal(), on_signal) {
-                tracing::warn!("no handler for the signal that makes receive threads look for answers: {e}");
-            }
+        static IS_HANDLED: OnceLock<bool> = OnceLock::new();
+        let is_handled = IS_HANDLED.get_or_init(|| {
+            let result = register_signal_handler(signal(), on_signal);
+            result.inspect_err(|e| tracing::warn!("receive threads sleep until answers come: {e}")).is_ok()
         });
-        // SAFETY: no arguments, can't fail.
-        self.thread.store(unsafe { libc::gettid() }, Ordering::Relaxed);
+        // Without a handler the signal would end the process: then nobody learns which thread it is.
+        if *is_handled {
+            // SAFETY: no arguments, can't fail.
+            self.thread.store(unsafe { libc::gettid() }, Ordering::Relaxed);
+        }
         Listener { ear: self, stream }
     }
 }
