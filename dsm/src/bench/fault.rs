@@ -157,8 +157,7 @@ pub fn run(
 
     let mut runs = Vec::new();
     for n in 0..opts.runs {
-        // A virtual machine whose processors never sleep has soon used up what its host allows it: then each fault in a hundred
-        // waits until it gets more.
+        // A virtual machine whose processors never sleep may soon use up what its host allows it.
         if n > 0 && opts.tuning.is_pinned {
             std::thread::sleep(REST);
         }

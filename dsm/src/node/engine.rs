@@ -94,8 +94,7 @@ impl Engine {
                 after.add(process_run(&mut shard, env, now, run.map(hint), &[]));
             }
         }
-        let talk = self.settle(env, after, now);
-        env.flush(talk, now);
+        let talk = self.follow_up(env, after, now);
         is_remote.then_some(talk)
     }
 
@@ -222,9 +221,11 @@ impl Engine {
         }
     }
 
-    pub(super) fn follow_up(&self, env: &impl Env, after: After, now: u64) {
+    /// What is left to do without a lock. Returns the peers that were written to.
+    pub(super) fn follow_up(&self, env: &impl Env, after: After, now: u64) -> MemberSet {
         let talk = self.settle(env, after, now);
         env.flush(talk, now);
+        talk
     }
 
     /// What is left to do without a lock, but for writing to the peers that it returns.

@@ -81,9 +81,9 @@ impl Discipline {
         self.settled.store(true, Ordering::SeqCst);
     }
 
-    /// Corrects a running clock, at scaled host TSC `now`, if samples have come and say that it is off. `together` is to carry out what it is given
-    /// at a moment when no vCPU here runs, and to keep them out for so long: else one could read the new clock, tell
-    /// another, and that one read the old.
+    /// Corrects a running clock, at scaled host TSC `now`, if samples have come and say that it is off. `together` is to
+    /// carry out what it is given at a moment when no vCPU here runs, and to keep them out for so long: else one could
+    /// read the new clock, tell another, and that one read the old.
     pub fn steer(&self, now: u64, together: impl FnOnce(Duration, &dyn Fn())) {
         if !self.is_new.swap(false, Ordering::SeqCst) {
             return;
