@@ -116,7 +116,7 @@ fn a_member_that_does_not_come_back_in_time_is_named() {
     network.cut();
     let ended = cluster.wait(Duration::from_secs(60));
     for (event, other) in ended.last.iter().zip(["member 1 (host1", "member 0 (host0"]) {
-        let MemberEvent::Failed(text) = event else { panic!("{:?}", ended.last) };
+        let MemberEvent::Failed { text, .. } = event else { panic!("{:?}", ended.last) };
         assert!(text.contains(other) && text.contains("not connected again within 1s"), "{text}");
     }
 }

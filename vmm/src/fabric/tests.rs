@@ -191,7 +191,8 @@ fn a_peer_that_dies_is_named_once_and_nobody_waits_for_it() {
     assert!(asked.elapsed() < Duration::from_secs(3));
     a.fabric.send(MemberId(1), &interrupt(0x40));
     thread::sleep(Duration::from_millis(300));
-    assert_eq!(a.handler.seen.lock().unwrap().len(), 1, "{:?}", a.handler.seen.lock().unwrap());
+    let seen = a.handler.seen.lock().unwrap();
+    assert_eq!(seen.len(), 1, "{seen:?}");
 }
 
 #[test]
@@ -223,7 +224,8 @@ fn an_announced_end_is_no_loss() {
     assert!(a.fabric.all_leaving());
     drop(b);
     thread::sleep(Duration::from_millis(50));
-    assert_eq!(a.handler.seen.lock().unwrap().len(), 1, "{:?}", a.handler.seen.lock().unwrap());
+    let seen = a.handler.seen.lock().unwrap();
+    assert_eq!(seen.len(), 1, "{seen:?}");
 }
 
 /// A peer that reads nothing holds nobody up, and what waits for it arrives complete once it reads.

@@ -44,13 +44,30 @@ pub enum MemberEvent {
     Running,
     /// The guest is over.
     Exit(VmExit),
-    /// The VM cannot go on: one line that names what failed and who.
-    Failed(String),
-    /// A peer died, was cut off or misbehaved; `Failed` follows.
-    PeerLost {
+    /// The VM cannot go on.
+    Failed {
+        /// One line that names what failed and who.
+        text: String,
+        /// Whose fault it is, as far as this member knows.
+        culprit: Culprit,
+    },
+}
+
+/// Who makes a VM end that should go on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Culprit {
+    /// The member that says so, or its host.
+    Own,
+    /// A peer died, was cut off or misbehaved.
+    Lost {
         /// The peer.
         peer: MemberId,
         /// What was seen.
         reason: String,
+    },
+    /// A peer said that it can't go on. Why, it says itself.
+    Told {
+        /// The peer.
+        peer: MemberId,
     },
 }

@@ -25,7 +25,7 @@ pub mod travel;
 pub mod watch;
 
 pub use crate::devices::ConsoleHandle;
-pub use event::{MemberEvent, VmExit};
+pub use event::{Culprit, MemberEvent, VmExit};
 pub use facts::{HostError, HostFacts, Virtualization};
 pub use plan::{BootImages, MemberPlan, Origin, PageTuning, Standing};
 pub use runtime::{Member, MemberError};

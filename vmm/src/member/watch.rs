@@ -6,7 +6,7 @@
 //!      -> vCPUs told to stop, waiting accesses let go, peers told -> vCPUs have ended (or time is up) -> event
 //! ```
 
-use super::event::{MemberEvent, VmExit};
+use super::event::{Culprit, MemberEvent, VmExit};
 use super::switchboard::Switchboard;
 use crate::devices::PlatformEvent;
 use crate::fabric::Fabric;
@@ -21,7 +21,7 @@ use std::sync::mpsc::{Receiver, Sender};
 use std::time::{Duration, Instant};
 
 /// Longest wait for vCPU threads to end: one that waits for a page of a dead peer can't on kernels before 6.2.
-const VCPU_GRACE: Duration = Duration::from_secs(2);
+pub const VCPU_GRACE: Duration = Duration::from_secs(2);
 
 /// What can end the VM, or be of interest at its end.
 #[derive(Debug)]
@@ -47,7 +47,7 @@ pub enum Happening {
 /// How it ends.
 enum Outcome {
     Exit(VmExit),
-    Failed { peer: Option<(MemberId, String)>, text: String },
+    Failed { culprit: Culprit, text: String },
 }
 
 /// The watching thread's state.
@@ -85,7 +85,7 @@ impl Watch {
 
     /// What a happening means for the VM; `None`: nothing.
     fn judge(&self, happening: Happening) -> Option<(Outcome, StopReason)> {
-        let failed = |text: String| Outcome::Failed { peer: None, text };
+        let failed = |text: String| Outcome::Failed { culprit: Culprit::Own, text };
         Some(match happening {
             Happening::VcpuStarted(_) | Happening::VcpuEnded(_, VcpuEnd::Stopped) | Happening::Quit => {
                 return None;
@@ -107,7 +107,8 @@ impl Watch {
             Happening::PeerStopped(peer, reason) => (self.peer_stopped(peer, reason), reason),
             Happening::PeerLost(peer, reason) => {
                 let text = format!("{} is lost: {reason}", self.name(peer));
-                (Outcome::Failed { peer: Some((peer, reason)), text }, StopReason::Failed(Some(peer)))
+                let culprit = Culprit::Lost { peer, reason };
+                (Outcome::Failed { culprit, text }, StopReason::Failed(Some(peer)))
             }
             Happening::Memory(failure) => {
                 let text = match failure.peer {
@@ -119,8 +120,10 @@ impl Watch {
                     ),
                     None => failure.to_string(),
                 };
-                let peer = failure.peer.map(|p| (p, failure.cause.to_string()));
-                (Outcome::Failed { peer, text }, StopReason::Failed(failure.peer))
+                let culprit = failure
+                    .peer
+                    .map_or(Culprit::Own, |peer| Culprit::Lost { peer, reason: failure.cause.to_string() });
+                (Outcome::Failed { culprit, text }, StopReason::Failed(failure.peer))
             }
             Happening::Stop(reason) => (Outcome::Exit(VmExit::Stopped { reason }), StopReason::Stopped),
         })
@@ -138,11 +141,11 @@ impl Watch {
             StopReason::Failed(Some(lost)) => {
                 let reason = format!("{name} lost it");
                 let text = format!("{} is lost: {reason}", self.name(lost));
-                return Outcome::Failed { peer: Some((lost, reason)), text };
+                return Outcome::Failed { culprit: Culprit::Lost { peer: lost, reason }, text };
             }
             StopReason::Failed(None) => {
                 let text = format!("{name} can't go on; its own message says why");
-                return Outcome::Failed { peer: Some((peer, "it failed".into())), text };
+                return Outcome::Failed { culprit: Culprit::Told { peer }, text };
             }
         })
     }
@@ -183,12 +186,7 @@ impl Watch {
         }
         let event = match outcome {
             Outcome::Exit(exit) => MemberEvent::Exit(exit),
-            Outcome::Failed { peer, text } => {
-                if let Some((peer, reason)) = peer {
-                    let _ = self.events.send(MemberEvent::PeerLost { peer, reason });
-                }
-                MemberEvent::Failed(text)
-            }
+            Outcome::Failed { culprit, text } => MemberEvent::Failed { text, culprit },
         };
         // Whoever started the member may have gone.
         let _ = self.events.send(event);

@@ -140,7 +140,7 @@ impl Cluster {
         let last = self.events.iter().zip(&self.members).map(|(events, member)| {
             loop {
                 match events.recv_timeout(end.saturating_duration_since(Instant::now())) {
-                    Ok(event @ (MemberEvent::Exit(_) | MemberEvent::Failed(_))) => return event,
+                    Ok(event @ (MemberEvent::Exit(_) | MemberEvent::Failed { .. })) => return event,
                     Ok(_) => {}
                     Err(e) => panic!(
                         "{} did not end: {e}\n{}\n{:#?}",

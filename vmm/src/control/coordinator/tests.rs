@@ -19,7 +19,7 @@ use crate::devices::ConsoleHandle;
 use crate::devices::console::{ConsoleInput, Output};
 use crate::member::travel::Departed;
 use crate::member::{
-    BootImages, HostError, HostFacts, MemberEvent, MemberPlan, MemberReply, MemberStats, MemberTask,
+    BootImages, Culprit, HostError, HostFacts, MemberEvent, MemberPlan, MemberReply, MemberStats, MemberTask,
     PageTuning, VcpuStats, VmExit,
 };
 use std::io;
@@ -34,7 +34,8 @@ use tokio::io::DuplexStream;
 #[derive(Clone, Debug, Default)]
 struct Script {
     /// Event of this member, once it runs.
-    event: Option<(u16, MemberEvent)>,
+    /// Who says what, and after how many milliseconds.
+    events: Vec<(u16, u64, MemberEvent)>,
     /// This member's host refuses.
     unfit: Option<u16>,
     /// Joining fails at this member.
@@ -125,10 +126,12 @@ impl Guest for FakeGuest {
         }
         let events = self.events.lock().unwrap();
         let _ = events.send(MemberEvent::Running);
-        if let Some((me, event)) = &self.script.event {
-            if *me == self.me {
-                let _ = events.send(event.clone());
-            }
+        for (_, delay, event) in self.script.events.iter().filter(|(me, ..)| *me == self.me).cloned() {
+            let events = events.clone();
+            std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_millis(delay));
+                let _ = events.send(event);
+            });
         }
         Ok(())
     }
@@ -306,7 +309,7 @@ impl Vm {
 }
 
 fn exit(member: u16, exit: VmExit) -> Script {
-    Script { event: Some((member, MemberEvent::Exit(exit))), ..Script::default() }
+    Script { events: vec![(member, 0, MemberEvent::Exit(exit))], ..Script::default() }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -454,16 +457,31 @@ async fn a_lost_member_is_named() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hearsay_yields_to_the_cause() {
-    let lost = MemberEvent::PeerLost { peer: dsm::addr::MemberId(1), reason: "reset".into() };
-    let mut vm = launch(spec(3), Script { event: Some((2, lost)), ..Script::default() }).await;
-    let mut message = vm.next().await;
-    if matches!(message, FromCoordinator::Running { .. }) {
-        message = vm.next().await;
+    let peer = dsm::addr::MemberId(1);
+    let failed = |culprit| MemberEvent::Failed { text: "a bad page".into(), culprit };
+    let lost = || failed(Culprit::Lost { peer, reason: "reset".into() });
+    let told = || failed(Culprit::Told { peer });
+    let own = || failed(Culprit::Own);
+    let table = [
+        (vec![(2, 0, lost())], "reset", 5),
+        // Both speak when their vCPUs have ended, in whatever order, and that may take seconds.
+        (vec![(2, 0, told()), (1, 1500, own())], "a bad page", 1),
+        (vec![(2, 200, told()), (1, 0, own())], "a bad page", 1),
+        (vec![(2, 0, lost()), (1, 100, own())], "a bad page", 1),
+        (vec![(2, 0, told())], "nobody why", 5),
+    ];
+    for (events, named, code) in table {
+        let mut vm = launch(spec(3), Script { events, ..Script::default() }).await;
+        let mut message = vm.next().await;
+        if matches!(message, FromCoordinator::Running { .. }) {
+            message = vm.next().await;
+        }
+        let FromCoordinator::Ended(end) = message else { panic!("{message:?}") };
+        assert!(end.to_string().contains(named) && end.exit_code() == code, "{named}: {end:?}");
+        if let End::MemberLost { member, .. } = end {
+            assert_eq!(member, peer);
+        }
     }
-    let FromCoordinator::Ended(End::MemberLost { member, reason, .. }) = message else {
-        panic!("{message:?}")
-    };
-    assert_eq!((member.0, reason.as_str()), (1, "reset"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -6,7 +6,8 @@ use crate::control::codec::{CodecError, Json};
 use crate::control::end::End;
 use crate::control::ops::office::Notice;
 use crate::control::wire::{FromMember, ToMember};
-use crate::member::{MemberEvent, VmExit};
+use crate::member::watch::VCPU_GRACE;
+use crate::member::{Culprit, MemberEvent, VmExit};
 use dsm::addr::MemberId;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -32,10 +33,14 @@ enum Rank {
     Own,
     /// A process is gone.
     Gone,
+    /// A member can't go on and blames nobody else.
+    Here,
     /// A member says what is wrong with another.
     Hearsay,
     /// A member is over for a reason that is a consequence.
     Consequence,
+    /// A member is over because another can't go on, which says itself why, as soon as its vCPUs have ended.
+    Told,
 }
 
 impl Coordinator {
@@ -203,17 +208,14 @@ impl Coordinator {
     }
 
     async fn settle(&mut self, mut worst: (Rank, End)) -> End {
-        let settled = tokio::time::sleep(SETTLE);
-        tokio::pin!(settled);
+        let began = Instant::now();
         while worst.0 != Rank::Guest {
-            tokio::select! {
-                Some((id, message)) = self.inbox.recv() => {
-                    match self.diagnose(id, message).await {
-                        Some(other) if other.0 < worst.0 => worst = other,
-                        _ => {}
-                    }
-                }
-                () = &mut settled => break,
+            let patience = if worst.0 == Rank::Told { VCPU_GRACE + SETTLE } else { SETTLE };
+            let left = patience.saturating_sub(began.elapsed());
+            let Ok(Some((id, message))) = tokio::time::timeout(left, self.inbox.recv()).await else { break };
+            match self.diagnose(id, message).await {
+                Some(other) if other.0 < worst.0 => worst = other,
+                _ => {}
             }
         }
         worst.1
@@ -256,11 +258,17 @@ impl Coordinator {
                     matches!(exit, VmExit::TripleFault { vcpu, .. } if !self.shared.has_vcpu(id, vcpu));
                 (if told { Rank::GuestElsewhere } else { Rank::Guest }, End::from_exit(exit))
             }
-            Ok(FromMember::Event(MemberEvent::Failed(reason))) => (Rank::Hearsay, End::Failed(named(reason))),
-            Ok(FromMember::Event(MemberEvent::PeerLost { peer, reason })) => {
-                let host = self.host_of(peer);
-                (Rank::Hearsay, End::MemberLost { member: peer, host, reason })
-            }
+            Ok(FromMember::Event(MemberEvent::Failed { text, culprit })) => match culprit {
+                Culprit::Own => (Rank::Here, End::Failed(named(text))),
+                Culprit::Lost { peer, reason } => {
+                    let host = self.host_of(peer);
+                    (Rank::Hearsay, End::MemberLost { member: peer, host, reason })
+                }
+                Culprit::Told { peer } => {
+                    let reason = format!("it told {id} that it can't go on, and nobody why");
+                    (Rank::Told, End::MemberLost { member: peer, host: self.host_of(peer), reason })
+                }
+            },
             Ok(FromMember::Unfit { reason }) => (Rank::Own, End::HostRefused { host, reason }),
             Ok(FromMember::Failed { reason, input: true }) => (Rank::Own, End::BadInput(named(reason))),
             Ok(FromMember::Failed { reason, input: false }) => (Rank::Hearsay, End::Failed(named(reason))),

@@ -246,13 +246,11 @@ impl Recruit {
                 Ok(Some(Err(e))) => return Err(failed(self.epitaph(&e).await)),
                 Ok(Some(Ok(FromMember::Unfit { reason }))) => return Err(OpError::Refused(reason)),
                 Ok(Some(Ok(
-                    FromMember::Failed { reason, .. } | FromMember::Event(MemberEvent::Failed(reason)),
+                    FromMember::Failed { reason, .. }
+                    | FromMember::Event(MemberEvent::Failed { text: reason, .. }),
                 ))) => return Err(failed(reason)),
                 Ok(Some(Ok(FromMember::Event(MemberEvent::Exit(exit))))) => {
                     return Err(failed(exit.to_string()));
-                }
-                Ok(Some(Ok(FromMember::Event(MemberEvent::PeerLost { peer, reason })))) => {
-                    return Err(failed(format!("it lost {peer}: {reason}")));
                 }
                 Ok(Some(Ok(word))) => {
                     if let Some(answer) = take(word) {
