@@ -42,7 +42,6 @@ fn drained_one_after_the_other_under_a_counting_guest() {
     let least = beats(&lab, 0);
     for (args, code, named) in [
         (&["member", "drain", "t", "7"][..], 2, "no member 7; the members are 0, 1, 2"),
-        (&["member", "drain", "t", "0"], 1, "member 0 is the coordinator"),
         (&["member", "drain", "nosuch", "1"], 2, "no VM named"),
         (&["member", "cancel", "t"], 1, "no drain is under way"),
     ] {
@@ -137,13 +136,179 @@ fn a_member_that_dies_while_it_is_drained_is_a_lost_member() {
     }
 }
 
+/// The launch's flags for a guest that writes to a disk of member 1.
+const DISK: [&str; 2] = ["--rng=1", "--disk=@/disk,member=1"];
+
+/// A guest that writes numbers to its disk and finds them again, with an interrupt for each request.
+fn launch_with_disk(lab: &Lab, kernel: &str, members: u16, fault: &str) {
+    std::fs::write(lab.path("disk"), vec![0; 1 << 20]).unwrap();
+    launch(lab, kernel, members, "pages=4 disk=0xD0000000 beat=20", &DISK, fault);
+}
+
+/// Whether somebody has the lock of the disk's image.
+fn is_locked(lab: &Lab) -> bool {
+    use rustix::fs::{FlockOperation, flock};
+    let file = std::fs::File::open(lab.path("disk")).unwrap();
+    let locked = flock(&file, FlockOperation::NonBlockingLockShared).is_err();
+    drop(file);
+    locked
+}
+
+/// Waits until the guest has written more numbers than `least` to its disk, and has found all; returns how many.
+fn entries(lab: &Lab, least: u64) -> u64 {
+    let since = Instant::now();
+    loop {
+        beats(lab, 0);
+        let output = lab.run(&["console", "t", "--dump"]);
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let last = text.lines().rev().find(|l| l.starts_with("BARE loop BEAT") && l.contains("wrong="));
+        let word = last.and_then(|l| l.split_whitespace().find_map(|w| w.strip_prefix("disk=")));
+        match word.map(|number| number.parse().unwrap()) {
+            Some(now) if now > least => return now,
+            _ => assert!(since.elapsed() < LONG, "the disk stands still at {word:?}, {least}: {text}"),
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// The largest number in the image.
+fn written(lab: &Lab) -> u64 {
+    let bytes = std::fs::read(lab.path("disk")).unwrap();
+    let numbers = bytes.chunks(512).map(|sector| u64::from_le_bytes(sector[..8].try_into().unwrap()));
+    numbers.max().unwrap()
+}
+
 #[test]
-fn a_member_with_devices_stays() {
+fn a_member_leaves_with_its_devices_under_a_guest_that_uses_them() {
     let Some(kernel) = guest() else { return };
     let lab = Lab::new();
-    std::fs::write(lab.path("disk"), vec![0; 1 << 20]).unwrap();
-    launch(&lab, kernel, 2, SHARED, &["--rng=1", "--disk=@/disk,member=1"], "");
-    let output = lab.run(&["member", "drain", "t", "1"]);
-    check(&output, 1, &["the disk", "disk", "the random-number device"], "devices");
+    launch_with_disk(&lab, kernel, 3, "");
+    // More than the sectors that it uses, so that it looks at old ones.
+    let mut least = entries(&lab, 10);
+    let output = lab.run(&["member", "drain", "t", "1", "--json"]);
+    ok(&output, "drain");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let devices = report["devices"].as_array().unwrap();
+    let named = |what: &str| devices.iter().any(|d| d[0].as_str().unwrap().contains(what));
+    assert!(devices.len() == 2 && named("the disk") && named("the random-number device"), "{report}");
+    assert_eq!(ids(&lab), [0, 2]);
+    assert!(is_locked(&lab));
+    least = entries(&lab, least + 4);
+    // To somebody who came later, and to one member.
+    ok(&lab.run(&["member", "add", "t", "local"]), "add");
+    ok(&lab.run(&["vcpu", "migrate", "t", "0", "--to", "1"]), "move");
+    least = entries(&lab, least);
+    ok(&lab.run(&["member", "drain", "t", "2"]), "drain another");
+    least = entries(&lab, least + 4);
+    ok(&lab.run(&["member", "drain", "t", "1"]), "drain the last but one");
+    least = entries(&lab, least + 4);
     stop(&lab);
+    assert!(written(&lab) >= least && !is_locked(&lab));
+}
+
+/// Each drain fails at another step of the devices, and they and the lock are where they were; the last one succeeds.
+#[test]
+fn whatever_fails_while_devices_go_leaves_them_where_they_were() {
+    let Some(kernel) = guest() else { return };
+    let lab = Lab::new();
+    // Member 2 has the fewest devices, so it is asked first. From the fifth drain on each makes tables.
+    let faults = "1:describe:refuse:1,0:inspect:refuse:1,2:inspect:refuse:1,1:give:refuse:1,2:take:refuse:1,\
+                  2:change2:refuse,1:evict:refuse:1";
+    launch_with_disk(&lab, kernel, 3, faults);
+    let mut least = entries(&lab, 0);
+    let before = (info(&lab).unwrap()["vcpus"].clone(), members(&lab));
+    for step in ["describe", "inspect", "give", "take", "change2", "evict"] {
+        let output = lab.run(&["member", "drain", "t", "1"]);
+        check(&output, 1, &["a fault on purpose", step], step);
+        assert_eq!((info(&lab).unwrap()["vcpus"].clone(), members(&lab)), before, "{step}");
+        assert!(is_locked(&lab), "{step}");
+        least = entries(&lab, least);
+    }
+    // The file is gone: nobody else can have it, and whoever has it goes on.
+    std::fs::rename(lab.path("disk"), lab.path("gone")).unwrap();
+    std::fs::write(lab.path("disk"), vec![0; 1 << 20]).unwrap();
+    let output = lab.run(&["member", "drain", "t", "1"]);
+    check(
+        &output,
+        1,
+        &["has the disk", "no other member can take it", "not known to be the same file"],
+        "gone",
+    );
+    std::fs::rename(lab.path("gone"), lab.path("disk")).unwrap();
+    least = entries(&lab, least);
+    ok(&lab.run(&["member", "drain", "t", "1"]), "drain");
+    assert_eq!(ids(&lab), [0, 2]);
+    least = entries(&lab, least);
+    stop(&lab);
+    assert!(written(&lab) >= least);
+}
+
+/// Who dies while it gives or takes devices is a lost member, and nobody writes to the disk any more.
+#[test]
+fn a_member_that_dies_while_devices_go_is_a_lost_member() {
+    let Some(kernel) = guest() else { return };
+    for fault in ["1:give:die", "2:take:die", "1:reclaim:die,2:change2:refuse"] {
+        let lab = Lab::new();
+        launch_with_disk(&lab, kernel, 3, fault);
+        let output = lab.run(&["member", "drain", "t", "1"]);
+        assert_ne!(output.status.code(), Some(0), "{fault}: {output:?}");
+        let since = Instant::now();
+        while info(&lab).is_some() {
+            assert!(since.elapsed() < LONG, "{fault}: the VM is still there");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        lab.nothing_runs();
+        assert!(!is_locked(&lab), "{fault}");
+    }
+}
+
+/// Member 0 leaves with the serial port, the interrupt controller and the rest of the board: the guest goes on writing to its
+/// console, and its disk interrupts it, from wherever they are.
+#[test]
+fn member_0_leaves_with_the_board() {
+    let Some(kernel) = guest() else { return };
+    let lab = Lab::new();
+    let faults = "0:give:refuse:1,2:take:refuse:1,2:change2:refuse,0:evict:refuse:1";
+    launch_with_disk(&lab, kernel, 3, faults);
+    let mut least = entries(&lab, 0);
+    let before = (info(&lab).unwrap()["vcpus"].clone(), members(&lab));
+    for step in ["give", "take", "change2", "evict"] {
+        let output = lab.run(&["member", "drain", "t", "0"]);
+        check(&output, 1, &["was not drained", "a fault on purpose", step, "the VM is as it was"], step);
+        assert_eq!((info(&lab).unwrap()["vcpus"].clone(), members(&lab)), before, "{step}");
+        least = entries(&lab, least);
+    }
+    let output = lab.run(&["member", "drain", "t", "0", "--json"]);
+    ok(&output, "drain");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(report["devices"].to_string().contains("the serial port"), "{report}");
+    assert_eq!(ids(&lab), [1, 2]);
+    least = entries(&lab, least + 4);
+    // Everything still works: a pause, a member that comes, and the board goes on.
+    ok(&lab.run(&["pause", "t"]), "pause");
+    ok(&lab.run(&["resume", "t"]), "resume");
+    ok(&lab.run(&["console", "t", "--send", "nobody reads this"]), "type");
+    ok(&lab.run(&["member", "add", "t", "local"]), "add");
+    assert_eq!(ids(&lab), [1, 2, 3], "number 0 is the coordinator's");
+    for member in ["2", "1"] {
+        ok(&lab.run(&["member", "drain", "t", member]), member);
+        least = entries(&lab, least + 4);
+    }
+    assert_eq!(ids(&lab), [3]);
+    whole_console(&lab);
+    stop(&lab);
+    assert!(written(&lab) >= least);
+}
+
+/// No line of the guest's is missing, none came twice, whoever had the port.
+fn whole_console(lab: &Lab) {
+    let output = lab.run(&["console", "t", "--dump"]);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let beats = text.lines().filter(|l| l.starts_with("BARE loop BEAT") && l.contains("wrong="));
+    let number =
+        |line: &str| line.split_whitespace().find_map(|w| w.strip_prefix("disk=")?.parse::<u64>().ok());
+    let numbers: Vec<u64> = beats.filter_map(number).collect();
+    assert!(numbers.len() > 8, "{text}");
+    assert!(numbers.windows(2).all(|pair| pair[1] == pair[0] + 1), "{text}");
+    assert_eq!(numbers.first(), Some(&1), "{text}");
 }

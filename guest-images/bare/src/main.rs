@@ -6,6 +6,7 @@
 mod apic;
 mod boot;
 mod console;
+mod disk;
 mod env;
 mod machine;
 mod mem_functions;

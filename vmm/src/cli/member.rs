@@ -172,7 +172,7 @@ pub async fn migrate(args: MigrateArgs) -> Result<u8, End> {
     if args.how.json {
         output::json(&report)?;
     } else {
-        let stays = if report.stays { "; member 0 stays with the devices" } else { "" };
+        let stays = if report.stays { "; the coordinator's process stays where it is" } else { "" };
         output::line(&format!(
             "{} members added, {} vCPUs moved, {} members left in {:.1} s{stays}",
             report.added.len(),

@@ -221,7 +221,7 @@ async fn drain_member(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<
         serde_json::from_slice(&body).map_err(|e| Refusal(StatusCode::BAD_REQUEST, e.to_string()))?;
     let limit = limit(body.limit_s)?;
     let turn = Turn::take(&shared, format!("the drain of member {}", body.member))?;
-    operate(async move { drain::drain(&turn, body.member, limit).await }).await
+    operate(async move { drain::drain(&turn, body.member, None, limit).await }).await
 }
 
 /// Body of `POST /vm/members/add`.

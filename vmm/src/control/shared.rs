@@ -141,11 +141,10 @@ impl Shared {
         }
     }
 
-    /// Another table of members and homes holds.
-    pub fn tabled(&self, table: &dsm::node::Table) {
-        if let Some(roster) = self.ops.roster() {
-            self.ops.set_roster(super::ops::table::Roster { table: table.clone(), ..roster });
-        }
+    /// Another table of members, homes and devices holds.
+    pub fn tabled(&self, roster: &super::ops::table::Roster) {
+        self.ops.set_roster(roster.clone());
+        let table = &roster.table;
         let mut picture = self.lock();
         let grown = table.epoch.0.saturating_sub(picture.first_epoch);
         picture.first_epoch = table.epoch.0;

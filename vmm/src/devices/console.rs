@@ -83,6 +83,11 @@ pub struct ConsoleReader {
 }
 
 impl ConsoleReader {
+    /// Number of the next byte, counted from the start.
+    pub fn position(&self) -> u64 {
+        self.position
+    }
+
     /// The next output, or an empty chunk after `timeout`. At most `max` bytes.
     pub fn read(&mut self, max: usize, timeout: Duration) -> Chunk {
         let mut ring = lock(&self.output.ring);
@@ -111,7 +116,8 @@ impl ConsoleReader {
 #[derive(Clone)]
 pub struct ConsoleHandle {
     output: Arc<Output>,
-    input: Arc<dyn ConsoleInput>,
+    /// The device that takes it may be another later. Held for a look-up only.
+    input: Arc<Mutex<Arc<dyn ConsoleInput>>>,
     /// Input waits: the VM is paused.
     held: Arc<AtomicBool>,
 }
@@ -137,7 +143,28 @@ pub struct InputStalled {
 impl ConsoleHandle {
     /// A console of a device.
     pub fn new(output: Arc<Output>, input: Arc<dyn ConsoleInput>) -> ConsoleHandle {
-        ConsoleHandle { output, input, held: Arc::default() }
+        ConsoleHandle { output, input: Arc::new(Mutex::new(input)), held: Arc::default() }
+    }
+
+    /// From now on somebody else takes what is typed.
+    pub fn redirect(&self, input: Arc<dyn ConsoleInput>) {
+        *lock(&self.input) = input;
+    }
+
+    /// From now on what is typed goes to the device of another console.
+    pub fn follow(&self, other: &ConsoleHandle) {
+        let input = lock(&other.input).clone();
+        self.redirect(input);
+    }
+
+    /// Output of a device that is elsewhere.
+    pub fn feed(&self, bytes: &[u8]) {
+        self.output.write(bytes);
+    }
+
+    /// A reader from some byte on, counted from the start.
+    pub fn reader_at(&self, position: u64) -> ConsoleReader {
+        ConsoleReader { output: self.output.clone(), position }
     }
 
     /// A reader that first gets what is still in the ring.
@@ -148,7 +175,11 @@ impl ConsoleHandle {
 
     /// Offers input; says how much was taken. Does not wait.
     pub fn try_input(&self, bytes: &[u8]) -> usize {
-        if self.held.load(Ordering::SeqCst) { 0 } else { self.input.push(bytes) }
+        if self.held.load(Ordering::SeqCst) {
+            return 0;
+        }
+        let input = lock(&self.input).clone();
+        input.push(bytes)
     }
 
     /// While held, the console takes no input, so that it raises no interrupt: for a pause.

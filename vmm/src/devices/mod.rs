@@ -3,11 +3,15 @@
 //!
 //! [`spec`] says which devices a VM has and gives each its window and interrupt, the same on all members;
 //! [`platform`] builds those of one member and routes an access to the right one or to the right member;
-//! [`bus`] finds a device by address. The devices: [`serial`] with its [`console`], [`power`] (ACPI sleep and
+//! [`bus`] finds a device by address; [`handover`] lets devices go from one member to another, disks with their [`image`]. The
+//! devices: [`serial`] with its [`console`], [`power`] (ACPI sleep and
 //! reset registers), [`rtc`], [`pit`] and everything under [`virtio`].
 
 pub mod bus;
 pub mod console;
+pub mod handover;
+pub mod image;
+mod local;
 pub mod pit;
 pub mod platform;
 pub mod power;

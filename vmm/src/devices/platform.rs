@@ -1,23 +1,16 @@
 //! The devices of one member, and the way to those of the others.
 
-use super::console::{Output, log_to_file};
-use super::pit::AbsentPit;
-use super::power::Power;
-use super::rtc::Rtc;
-use super::serial::Serial;
-use super::spec::{self, DeviceSpec, DeviceWindow, Space, SpecError, WindowKind};
-use super::virtio::Transport;
-use super::virtio::blk::{Blk, ImageError};
-use super::virtio::console::Console;
-use super::virtio::rng::Rng;
-use super::virtio::worker::Doorbell;
+use super::image::{ImageError, Mark};
+use super::local::{Local, Parts};
+use super::spec::{self, DeviceSpec, DeviceWindow, Space, SpecError};
 use super::{Bus, BusDevice, BusError, ConsoleHandle, PlatformEvent};
 use crate::interrupts::IrqLines;
+use arc_swap::ArcSwap;
 use dsm::addr::MemberId;
-use std::fs::OpenOptions;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use vm_memory::GuestMemoryMmap;
 
@@ -41,6 +34,9 @@ pub enum PlatformError {
         /// Why.
         source: std::io::Error,
     },
+    /// There is no such device.
+    #[error("the VM has no device at {0:#x}")]
+    Unknown(u64),
     /// The serial port's log cannot be written.
     #[error("cannot write the console log {path}: {source}")]
     Log {
@@ -52,9 +48,9 @@ pub enum PlatformError {
 }
 
 /// Where an access goes.
-pub enum Route<'a> {
+pub enum Route {
     /// To a device of this member, at this offset in its window.
-    Local(&'a Arc<dyn BusDevice>, u64),
+    Local(Arc<dyn BusDevice>, u64),
     /// To a device of another member; `posted` says that a write there needs no answer.
     Remote {
         /// That member.
@@ -66,7 +62,7 @@ pub enum Route<'a> {
     Unmapped,
 }
 
-impl std::fmt::Debug for Route<'_> {
+impl std::fmt::Debug for Route {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Route::Local(device, offset) => write!(f, "Local({}+{offset:#x})", device.name()),
@@ -76,17 +72,57 @@ impl std::fmt::Debug for Route<'_> {
     }
 }
 
-/// The devices of one member. Immutable once built, so lookups take no lock. Guest memory may be unmapped only
-/// after [`Platform::shut_down`] said that no worker uses it.
+/// Who has which device. Not changed once it is made: another one takes its place ([`Platform::assign`]), so look-ups take no
+/// lock.
 #[derive(Debug)]
-pub struct Platform {
+pub(super) struct Board {
+    pub windows: Vec<DeviceWindow>,
+    /// This member's, by window.
+    pub local: BTreeMap<usize, Local>,
     pio: Bus,
     mmio: Bus,
-    windows: Vec<DeviceWindow>,
-    me: MemberId,
-    serial: Option<ConsoleHandle>,
-    console: Option<ConsoleHandle>,
-    virtio: Vec<Arc<Transport>>,
+}
+
+impl Board {
+    pub fn new(windows: Vec<DeviceWindow>, local: BTreeMap<usize, Local>) -> Result<Board, BusError> {
+        let (mut pio, mut mmio) = (Bus::default(), Bus::default());
+        for (n, device) in &local {
+            let Some(window) = windows.get(*n) else { continue };
+            let bus = match window.space {
+                Space::Pio => &mut pio,
+                Space::Mmio => &mut mmio,
+            };
+            bus.insert(window.start, window.len, device.device.clone())?;
+        }
+        Ok(Board { windows, local, pio, mmio })
+    }
+
+    fn bus(&self, space: Space) -> &Bus {
+        match space {
+            Space::Pio => &self.pio,
+            Space::Mmio => &self.mmio,
+        }
+    }
+}
+
+/// Devices on their way from one member to another, while the VM is paused ([`super::handover`]).
+#[derive(Debug, Default)]
+pub(super) struct Aside {
+    /// Here, and not in the table as this member's: they come, or they have gone. By window.
+    pub held: BTreeMap<usize, Local>,
+    /// Those that were given away: until they are reclaimed they do nothing.
+    pub given: BTreeSet<usize>,
+    /// Beside the images of devices that are to go to another host.
+    pub marks: Vec<Mark>,
+}
+
+/// The devices of one member. Guest memory may be unmapped only after [`Platform::shut_down`] said that no worker uses it.
+#[derive(Debug)]
+pub struct Platform {
+    pub(super) me: MemberId,
+    pub(super) parts: Parts,
+    pub(super) now: ArcSwap<Board>,
+    aside: Mutex<Aside>,
 }
 
 impl Platform {
@@ -102,42 +138,22 @@ impl Platform {
         events: Sender<PlatformEvent>,
     ) -> Result<Platform, PlatformError> {
         let windows = spec::windows(specs)?;
-        let mut platform = Platform {
-            pio: Bus::default(),
-            mmio: Bus::default(),
-            windows,
-            me,
-            serial: None,
-            console: None,
-            virtio: Vec::new(),
-        };
-        for window in platform.windows.clone().iter().filter(|w| w.member == me) {
-            let spec = window.spec.and_then(|n| specs.get(n));
-            let device: Arc<dyn BusDevice> = match (window.kind, spec) {
-                (WindowKind::Power, _) => Arc::new(Power::new(events.clone())),
-                (WindowKind::Rtc, _) => Arc::new(Rtc::default()),
-                (WindowKind::Pit, _) => Arc::new(AbsentPit),
-                (_, Some(DeviceSpec::Serial { log, .. })) => {
-                    let (device, handle) = serial(log.as_ref(), irq.clone(), window)?;
-                    platform.serial = Some(handle);
-                    device
-                }
-                (_, Some(spec)) => {
-                    let name = virtio_name(specs, spec, window);
-                    let (device, handle) = virtio(spec, name, memory.clone(), irq.clone(), window)?;
-                    platform.console = platform.console.take().or(handle);
-                    platform.virtio.push(device.clone());
-                    device
-                }
-                (_, None) => continue,
-            };
-            let bus = match window.space {
-                Space::Pio => &mut platform.pio,
-                Space::Mmio => &mut platform.mmio,
-            };
-            bus.insert(window.start, window.len, device)?;
+        let has_serial = windows.iter().any(|w| w.kind == spec::WindowKind::Serial && w.member == me);
+        let said = has_serial.then(Arc::default);
+        let parts = Parts { specs: specs.to_vec(), memory, irq, events, said };
+        let mut local = BTreeMap::new();
+        for (n, window) in windows.iter().enumerate().filter(|(_, w)| w.member == me) {
+            let image = parts.image(window)?;
+            image.as_ref().map_or(Ok(()), super::image::Image::lock)?;
+            local.insert(n, parts.make(window, image)?);
         }
-        Ok(platform)
+        let now = ArcSwap::from_pointee(Board::new(windows, local)?);
+        Ok(Platform { me, parts, now, aside: Mutex::default() })
+    }
+
+    /// Held for a look-up only.
+    pub(super) fn aside(&self) -> MutexGuard<'_, Aside> {
+        self.aside.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Ends all workers; returns the names of those that have not ended by the deadline (they wait for a page
@@ -145,8 +161,10 @@ impl Platform {
     pub fn shut_down(&self, timeout: Duration) -> Vec<String> {
         let deadline = Instant::now() + timeout;
         let left = || deadline.saturating_duration_since(Instant::now());
-        let stuck = self.virtio.iter().filter(|t| !t.shut_down(left()));
-        stuck.map(|t| t.name().to_owned()).collect()
+        let board = self.now.load_full();
+        let held: Vec<Local> = self.aside().held.values().cloned().collect();
+        let all = board.local.values().chain(&held).filter_map(|device| device.virtio.as_ref());
+        all.filter(|t| !t.shut_down(left())).map(|t| t.name().to_owned()).collect()
     }
 
     /// Lets all workers finish what they are at and take nothing new; returns the names of those that were not quiet
@@ -154,19 +172,23 @@ impl Platform {
     pub fn pause(&self, timeout: Duration) -> Vec<String> {
         let deadline = Instant::now() + timeout;
         let left = || deadline.saturating_duration_since(Instant::now());
-        let stuck = self.virtio.iter().filter(|t| !t.pause(left()));
-        stuck.map(|t| t.name().to_owned()).collect()
+        let board = self.now.load_full();
+        let all = board.local.values().filter_map(|device| device.virtio.as_ref());
+        all.filter(|t| !t.pause(left())).map(|t| t.name().to_owned()).collect()
     }
 
     /// Ends a pause: what came in meanwhile is served.
     pub fn resume(&self) {
-        self.virtio.iter().for_each(|t| t.resume());
+        let given = self.aside().given.clone();
+        let board = self.now.load();
+        let here = board.local.iter().filter(|(n, _)| !given.contains(n));
+        here.filter_map(|(_, device)| device.virtio.as_ref()).for_each(|t| t.resume());
     }
 
     /// The state of each device of this member that has one: index of its window, state. While all are quiet.
     pub fn save(&self) -> Vec<(usize, String)> {
-        let local = self.windows.iter().enumerate().filter(|(_, w)| w.member == self.me);
-        let saved = local.filter_map(|(n, w)| Some((n, self.bus(w.space).find(w.start, 1)?.0.save())));
+        let board = self.now.load();
+        let saved = board.local.iter().map(|(n, device)| (*n, device.device.save()));
         saved.filter(|(_, state)| !state.is_empty()).collect()
     }
 
@@ -175,115 +197,66 @@ impl Platform {
     /// # Errors
     /// Not a state of the device, which is named.
     pub fn restore(&self, states: &[(usize, String)]) -> Result<(), String> {
+        let board = self.now.load();
         for (n, state) in states {
-            let Some(window) = self.windows.get(*n) else {
-                return Err(format!("the checkpoint has a device {n}, the VM has {}", self.windows.len()));
+            let Some(window) = board.windows.get(*n) else {
+                return Err(format!("the checkpoint has a device {n}, the VM has {}", board.windows.len()));
             };
             if window.member != self.me {
                 continue;
             }
-            let (device, _) = self.bus(window.space).find(window.start, 1).ok_or("a device is missing")?;
+            let device = &board.local.get(n).ok_or("a device is missing")?.device;
             device.restore(state).map_err(|e| format!("the state of {}: {e}", device.name()))?;
         }
         Ok(())
     }
 
     /// Where an access of `len` bytes at `addr` goes.
-    pub fn route(&self, space: Space, addr: u64, len: usize) -> Route<'_> {
-        if let Some((device, offset)) = self.bus(space).find(addr, len) {
-            return Route::Local(device, offset);
+    pub fn route(&self, space: Space, addr: u64, len: usize) -> Route {
+        let board = self.now.load();
+        if let Some((device, offset)) = board.bus(space).find(addr, len) {
+            return Route::Local(device.clone(), offset);
         }
         let inside = |w: &&DeviceWindow| {
             let end = addr.checked_sub(w.start).and_then(|offset| offset.checked_add(len as u64));
             w.space == space && end.is_some_and(|end| end <= w.len) && w.member != self.me
         };
-        match self.windows.iter().find(inside) {
+        match board.windows.iter().find(inside) {
             Some(w) => Route::Remote { member: w.member, posted: w.kind.is_posted(addr - w.start) },
             None => Route::Unmapped,
         }
     }
 
-    /// The bus of this member's devices, for accesses that came from elsewhere.
-    pub fn bus(&self, space: Space) -> &Bus {
-        match space {
-            Space::Pio => &self.pio,
-            Space::Mmio => &self.mmio,
-        }
+    /// Reads from a device of this member; where none is, all ones.
+    pub fn read(&self, space: Space, addr: u64, data: &mut [u8]) {
+        self.now.load().bus(space).read(addr, data);
+    }
+
+    /// Writes to a device of this member; where none is, nothing happens.
+    pub fn write(&self, space: Space, addr: u64, data: &[u8]) {
+        self.now.load().bus(space).write(addr, data);
     }
 
     /// All windows of the VM.
-    pub fn windows(&self) -> &[DeviceWindow] {
-        &self.windows
+    pub fn windows(&self) -> Vec<DeviceWindow> {
+        self.now.load().windows.clone()
     }
 
     /// The console of the serial port, on the member that has it.
-    pub fn serial_console(&self) -> Option<&ConsoleHandle> {
-        self.serial.as_ref()
+    pub fn serial_console(&self) -> Option<ConsoleHandle> {
+        self.console(spec::WindowKind::Serial)
     }
 
     /// The virtio console, on the member that has it.
-    pub fn virtio_console(&self) -> Option<&ConsoleHandle> {
-        self.console.as_ref()
+    pub fn virtio_console(&self) -> Option<ConsoleHandle> {
+        self.console(spec::WindowKind::Virtio)
     }
-}
 
-/// `virtio-blk0` for the first disk of the VM, and so on.
-fn virtio_name(specs: &[DeviceSpec], spec: &DeviceSpec, window: &DeviceWindow) -> String {
-    let same = |other: &&DeviceSpec| std::mem::discriminant(*other) == std::mem::discriminant(spec);
-    let n = specs.iter().take(window.spec.unwrap_or_default()).filter(same).count();
-    let kind = match spec {
-        DeviceSpec::Blk { .. } => "blk",
-        DeviceSpec::Rng { .. } => "rng",
-        DeviceSpec::Console { .. } => "console",
-        DeviceSpec::Serial { .. } => "serial",
-    };
-    format!("virtio-{kind}{n}")
-}
-
-fn virtio(
-    spec: &DeviceSpec,
-    name: String,
-    memory: GuestMemoryMmap,
-    irq: Arc<dyn IrqLines>,
-    window: &DeviceWindow,
-) -> Result<(Arc<Transport>, Option<ConsoleHandle>), PlatformError> {
-    let bell = Arc::new(Doorbell::default());
-    let gsi = window.gsi.unwrap_or_default();
-    let mut handle = None;
-    let thread = |source| PlatformError::Thread { name: name.clone(), source };
-    let transport = match spec {
-        DeviceSpec::Blk { path, readonly, .. } => {
-            let blk = Blk::open(path, *readonly, &name)?;
-            Transport::new(blk.description(name.clone()), blk, bell, memory, irq, gsi).map_err(thread)?
-        }
-        DeviceSpec::Console { .. } => {
-            let output = Arc::new(Output::default());
-            let (console, input) = Console::new(output.clone(), bell.clone());
-            handle = Some(ConsoleHandle::new(output, input));
-            let description = Console::description(name.clone());
-            Transport::new(description, console, bell, memory, irq, gsi).map_err(thread)?
-        }
-        DeviceSpec::Rng { .. } | DeviceSpec::Serial { .. } => {
-            Transport::new(Rng::description(name.clone()), Rng, bell, memory, irq, gsi).map_err(thread)?
-        }
-    };
-    Ok((Arc::new(transport), handle))
-}
-
-fn serial(
-    log: Option<&PathBuf>,
-    irq: Arc<dyn IrqLines>,
-    window: &DeviceWindow,
-) -> Result<(Arc<dyn BusDevice>, ConsoleHandle), PlatformError> {
-    let output = Arc::new(Output::default());
-    if let Some(path) = log {
-        let opened = OpenOptions::new().create(true).append(true).open(path);
-        opened
-            .and_then(|file| log_to_file(&output, file))
-            .map_err(|source| PlatformError::Log { path: path.clone(), source })?;
+    fn console(&self, kind: spec::WindowKind) -> Option<ConsoleHandle> {
+        let board = self.now.load();
+        let of_kind = |n: &usize| board.windows.get(*n).is_some_and(|w| w.kind == kind);
+        board.local.iter().filter(|(n, _)| of_kind(n)).find_map(|(_, device)| device.console.clone())
     }
-    let serial = Arc::new(Serial::new(output.clone(), irq, window.gsi.unwrap_or_default()));
-    Ok((serial.clone(), ConsoleHandle::new(output, serial)))
 }
 
 #[cfg(test)]
@@ -304,9 +277,9 @@ mod tests {
     fn accesses_find_their_member() {
         let specs = [DeviceSpec::Serial { member: MemberId(1), log: None }];
         let (boot, other) = (build(&specs, 0).unwrap(), build(&specs, 1).unwrap());
-        assert!(matches!(boot.route(Space::Pio, 0x600, 1), Route::Local(_, 0)));
-        let Route::Remote { member, posted } = other.route(Space::Pio, 0x602, 1) else { panic!() };
-        assert_eq!((member, posted), (MemberId(0), false));
+        assert!(matches!(other.route(Space::Pio, 0x600, 1), Route::Local(_, 0)), "the board goes with it");
+        let Route::Remote { member, posted } = boot.route(Space::Pio, 0x602, 1) else { panic!() };
+        assert_eq!((member, posted), (MemberId(1), false));
         let Route::Remote { member, posted } = boot.route(Space::Pio, 0x3F8, 1) else { panic!() };
         assert_eq!((member, posted), (MemberId(1), true));
         assert!(matches!(other.route(Space::Pio, 0x3FD, 1), Route::Local(_, 5)));

@@ -19,8 +19,8 @@ pub const RTC_PORTS: u16 = 2;
 pub const PIT_PORT: u16 = 0x40;
 /// Number of ports of the interval timer.
 pub const PIT_PORTS: u16 = 4;
-/// The member that has the power registers and the RTC.
-pub const BOARD_MEMBER: MemberId = MemberId(0);
+/// The window whose member has the board: power registers, RTC, serial port and IOAPIC.
+pub const BOARD_WINDOW: usize = 0;
 
 /// A device that the user asked for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,6 +64,16 @@ impl DeviceSpec {
             | Self::Blk { member, .. }
             | Self::Rng { member }
             | Self::Console { member } => *member,
+        }
+    }
+
+    /// It lives on another member.
+    pub fn set_member(&mut self, to: MemberId) {
+        match self {
+            Self::Serial { member, .. }
+            | Self::Blk { member, .. }
+            | Self::Rng { member }
+            | Self::Console { member } => *member = to,
         }
     }
 }
@@ -173,12 +183,15 @@ pub fn check(specs: &[DeviceSpec], members: usize) -> Result<(), SpecError> {
 /// As [`check`] on any number of members.
 pub fn windows(specs: &[DeviceSpec]) -> Result<Vec<DeviceWindow>, SpecError> {
     check(specs, usize::MAX)?;
+    // The board is where its serial port is.
+    let serial = specs.iter().find(|spec| matches!(spec, DeviceSpec::Serial { .. }));
+    let member = serial.map_or(MemberId(0), DeviceSpec::member);
     let board = |kind, start: u16, len: u16| DeviceWindow {
         space: Space::Pio,
         start: u64::from(start),
         len: u64::from(len),
         gsi: None,
-        member: BOARD_MEMBER,
+        member,
         kind,
         spec: None,
     };

@@ -23,7 +23,7 @@ use link::Link;
 use requests::{NoAnswer, Requests};
 use std::io;
 use std::net::TcpStream;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -114,6 +114,8 @@ pub struct Fabric {
     /// Messages from peers.
     pub received: AtomicU64,
     traffic: Traffic,
+    /// Number of the member whose clock all follow.
+    leader: AtomicU16,
     /// Peers that are no members (yet, or any more), one bit each: nothing of the guest goes to them, and that they go is no
     /// news.
     strangers: AtomicU64,
@@ -163,6 +165,7 @@ impl Fabric {
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
             traffic: Traffic::default(),
+            leader: AtomicU16::new(0),
             strangers: AtomicU64::new(0),
         })
     }
@@ -249,6 +252,15 @@ impl Fabric {
         }
     }
 
+    /// The member whose clock all others follow; member 0 unless somebody says otherwise. True if it was another before.
+    pub fn set_leader(&self, leader: MemberId) -> bool {
+        self.leader.swap(leader.0, Ordering::SeqCst) != leader.0
+    }
+
+    fn leader(&self) -> MemberId {
+        MemberId(self.leader.load(Ordering::SeqCst))
+    }
+
     /// This member.
     pub fn me(&self) -> MemberId {
         self.me
@@ -323,7 +335,12 @@ impl Fabric {
 
     fn check(&self, link: &Link, sent: Result<(), String>) {
         if let Err(reason) = sent {
+            // Of one that said so, or that is known to be gone, it is no news.
+            let expected = link.is_leaving();
             link.close();
+            if expected {
+                return;
+            }
             self.broken.lock().unwrap_or_else(PoisonError::into_inner).push((link.peer, reason));
             self.wake.notify_all();
         }
@@ -473,6 +490,8 @@ impl Fabric {
                 let answered = handler.guest_tsc();
                 self.send(link.peer, &Message::Pong { sent, received, answered });
             }
+            // Of one that led before.
+            Message::Pong { .. } if link.peer != self.leader() => {}
             // One that waited for a new stream says nothing, and many of them would crowd out those that do.
             Message::Pong { sent, .. } if sent < link.since.load(Ordering::Relaxed) => {}
             Message::Pong { sent, received, answered } => handler.clock_sample(Sample {
@@ -494,13 +513,13 @@ impl Fabric {
     /// Heartbeats, clock samples, and who has been silent for too long.
     fn tick<H: Handler>(&self, handler: &H) {
         let limit = u64::try_from(self.deadline.as_millis()).unwrap_or(u64::MAX);
-        let coordinator = MemberId(0);
         let mut last_beat = None;
         loop {
             if self.all_leaving() && self.ending.load(Ordering::SeqCst) {
                 return;
             }
-            let pause = if self.me == coordinator || handler.clock_is_settled() { TICK } else { FAST_TICK };
+            let leader = self.leader();
+            let pause = if self.me == leader || handler.clock_is_settled() { TICK } else { FAST_TICK };
             let guard = self.wake_lock.lock().unwrap_or_else(PoisonError::into_inner);
             let woken = self.wake.wait_timeout(guard, pause);
             drop(woken);
@@ -510,9 +529,9 @@ impl Fabric {
                     handler.peer_lost(peer, reason);
                 }
             }
-            if self.me != coordinator {
+            if self.me != leader {
                 handler.steer_clock();
-                self.send(coordinator, &Message::Ping { sent: handler.host_clock() });
+                self.send(leader, &Message::Ping { sent: handler.host_clock() });
             }
             if last_beat.is_none_or(|at: Instant| at.elapsed() >= TICK) {
                 self.links().for_each(|link| self.beat(&link));

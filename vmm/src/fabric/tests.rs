@@ -166,6 +166,20 @@ fn messages_arrive_in_order() {
 }
 
 #[test]
+fn another_member_leads() {
+    let (a, b) = pair();
+    for side in [&a, &b] {
+        assert!(side.fabric.set_leader(MemberId(1)));
+        assert!(!side.fabric.set_leader(MemberId(1)));
+    }
+    let end = Instant::now() + Duration::from_secs(60);
+    while a.handler.samples.load(Ordering::SeqCst) < 5 {
+        assert!(Instant::now() < end, "nobody answers");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
 fn the_clock_is_sampled_by_all_but_the_coordinator() {
     let (a, b) = pair();
     let end = Instant::now() + Duration::from_secs(5);

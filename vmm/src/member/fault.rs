@@ -3,7 +3,7 @@
 //! the N-th time only if there is an N.
 //! Without the variable this costs one load. Steps of a move: `expect`, `depart`, `arrive`, `restore`, `confirm`; of a
 //! checkpoint: `pause`, `quiet`, `save`, `capture`, `release`, `resume`; of a drain: `entries`, `inherit`, `changeN` (table
-//! number N), `evict`, `part`; of an addition: `join` (at the start of the VM, too), `meet`.
+//! number N), `evict`, `part`; of devices that go with it: `describe`, `inspect`, `give`, `take`, `discard`, `reclaim`; of an addition: `join` (at the start of the VM, too), `meet`.
 
 use dsm::addr::MemberId;
 use std::sync::OnceLock;

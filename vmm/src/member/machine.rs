@@ -6,6 +6,7 @@ use super::rest::Rest;
 use super::switchboard::{Switchboard, count_remote};
 use super::travel::Travels;
 use super::watch::Happening;
+use crate::devices::spec::BOARD_WINDOW;
 use crate::devices::{Platform, Route, Space};
 use crate::fabric::wire::{StopReason, VcpuGroup};
 use crate::fabric::{Fabric, Handler};
@@ -31,7 +32,7 @@ pub struct MemberMachine {
     pub(super) clock: Arc<GuestClock>,
     /// Of all vCPUs here.
     pub(super) gate: Arc<Gate>,
-    /// `None` at the coordinator, and where the clock can't be set.
+    /// `None` at member 0, which leads until it leaves, and where the clock can't be set.
     pub(super) discipline: Option<Discipline>,
     pub(super) happenings: Sender<Happening>,
     pub(super) rest: Rest,
@@ -52,15 +53,13 @@ impl MemberMachine {
                 None => data.fill(0xFF),
             },
             // The IOAPIC is not locked here: devices raise interrupts while they are accessed.
-            None => {
-                self.platform.bus(space).read(addr, data);
-            }
+            None => self.platform.read(space, addr, data),
         }
     }
 
     fn local_write(&self, space: Space, addr: u64, data: &[u8]) {
         let Some(offset) = ioapic_offset(space, addr) else {
-            self.platform.bus(space).write(addr, data);
+            self.platform.write(space, addr, data);
             return;
         };
         let messages = self.switchboard.ioapic().map(|mut ioapic| ioapic.mmio_write(offset, data));
@@ -94,6 +93,16 @@ impl MemberMachine {
         };
         count_remote(vcpu);
         self.fabric.write(member, space, addr, data, posted).map_err(|e| e.to_string())
+    }
+
+    /// The board is where the table says, and this member's clock follows the leader's. While the VM is paused.
+    pub(super) fn take_board(&self, devices: &[MemberId], leader: MemberId) {
+        if let Some(member) = devices.get(BOARD_WINDOW) {
+            self.switchboard.set_ioapic_member(*member);
+        }
+        if self.fabric.set_leader(leader) {
+            self.discipline.iter().for_each(Discipline::forget);
+        }
     }
 
     /// Which member this is.

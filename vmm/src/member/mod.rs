@@ -5,6 +5,7 @@
 //! (where interrupts go), [`machine`] (what vCPUs and peers can access), [`watch`] (when it is over). While it runs, the coordinator gives it
 //! [`task`]s, such as to [`pause`], or to let vCPUs [`travel`].
 
+pub mod devices;
 pub mod event;
 pub mod facts;
 mod fault;

@@ -158,6 +158,9 @@ impl Member {
                 Ok(MemberReply::Done)
             }
             MemberTask::Table(task) => Ok(MemberReply::Table(self.table_task(task)?)),
+            MemberTask::Device(task) => Ok(MemberReply::Device(self.device_task(task)?)),
+            MemberTask::ReadConsole { from, wait } => Ok(MemberReply::Said(self.read_console(from, wait)?)),
+            MemberTask::TypeIn { bytes } => Ok(MemberReply::Typed(self.type_in(&bytes)?)),
             task => self.checkpoint_task(task),
         }
     }

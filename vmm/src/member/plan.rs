@@ -50,6 +50,8 @@ pub struct Standing {
     pub vcpus: Vec<MemberId>,
     /// Number of that placement.
     pub placement: u64,
+    /// Whose clock the others follow.
+    pub leader: MemberId,
 }
 
 /// One member's orders.

@@ -19,7 +19,7 @@ use super::travel::Travels;
 use super::watch::{Happening, Watch};
 use crate::acpi::{self, AcpiError};
 use crate::boot::{self, BootError, BootRequest};
-use crate::devices::{ConsoleHandle, Platform, PlatformError};
+use crate::devices::{ConsoleHandle, Platform, PlatformError, spec};
 use crate::fabric::Fabric;
 use crate::interrupts::lapic::LocalApic;
 use crate::kvm::cpuid::Cores;
@@ -175,6 +175,9 @@ impl Member {
         let fabric =
             Fabric::new(plan.me, topology.epoch, deadline, again, peers.fabric).map_err(start("a link"))?;
         let fabric = Arc::new(fabric);
+        if let Some(standing) = &plan.standing {
+            fabric.set_leader(standing.leader);
+        }
         let lives_here = |member: &MemberId| *member == plan.me && plan.standing.is_none();
         let placement = Placement::new(&topology.vcpus);
         if let Some(standing) = &plan.standing {
@@ -188,13 +191,14 @@ impl Member {
             .zip(&topology.vcpus)
             .map(|(id, member)| Arc::new(VcpuHandle::new(id, lives_here(member), gate.clone())))
             .collect();
-        let board = Switchboard::new(plan.me, placement, handles, fabric.clone());
+        let home = board_of(&plan)?;
+        let board = Switchboard::new(plan.me, placement, handles, fabric.clone(), home);
         let switchboard = Arc::new(board);
         let (happenings, happened) = channel();
         let (platform_tx, platform_rx) = channel();
         let platform =
             Platform::build(&plan.devices, plan.me, ram.mmap().clone(), switchboard.clone(), platform_tx)?;
-        let console = platform.serial_console().cloned();
+        let console = platform.serial_console();
 
         let clock = Arc::new(guest_clock(&plan, &vm)?);
         let follows = plan.me != MemberId(0) && !is_software_kvm();
@@ -335,7 +339,7 @@ impl Member {
         let (Some(machine), Some(ram)) = (&parts.machine, &parts.ram) else {
             return Err(MemberError::Order("the member has been stopped"));
         };
-        let acpi = acpi::build(&self.plan.topology, machine.platform.windows())?;
+        let acpi = acpi::build(&self.plan.topology, &machine.platform.windows())?;
         let cmdline = with_tsc_options(&images.cmdline, self.plan.tsc_khz);
         let request = BootRequest {
             kernel: &images.kernel,
@@ -441,7 +445,7 @@ impl Member {
         }
     }
 
-    /// The serial console, on the member that has the serial port.
+    /// The serial console, on the member that had the serial port at the start, wherever that is now.
     pub fn console(&self) -> Option<ConsoleHandle> {
         self.console.clone()
     }
@@ -534,8 +538,14 @@ impl Member {
 
     /// Keeps what is typed from the guest, or no longer.
     pub(super) fn hold_input(&self, hold: bool) {
-        if let Some(console) = &self.console {
-            console.hold(hold);
+        let now = self.parts().machine.as_ref().and_then(|machine| machine.platform.serial_console());
+        self.console.iter().chain(&now).for_each(|console| console.hold(hold));
+    }
+
+    /// The serial port may have come back to where people look at it.
+    pub(super) fn follow_console(&self, platform: &Platform) {
+        if let (Some(console), Some(now)) = (&self.console, platform.serial_console()) {
+            console.follow(&now);
         }
     }
 
@@ -574,6 +584,12 @@ fn retire_machine(machine: Arc<MemberMachine>) -> bool {
         Ok(thread) => join_within(&mut vec![thread], STOP_GRACE),
         Err(_) => false,
     }
+}
+
+/// The member that has the board.
+fn board_of(plan: &MemberPlan) -> Result<MemberId, MemberError> {
+    let windows = spec::windows(&plan.devices).map_err(PlatformError::from)?;
+    Ok(windows.get(spec::BOARD_WINDOW).map_or(MemberId(0), |window| window.member))
 }
 
 fn is_software_kvm() -> bool {

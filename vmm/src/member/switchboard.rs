@@ -6,7 +6,6 @@
 //! anything is sent, except that of a vCPU at the moment when it leaves.
 
 use super::placement::Placement;
-use crate::devices::spec::BOARD_MEMBER;
 use crate::fabric::Fabric;
 use crate::fabric::wire::{Message, VcpuGroup};
 use crate::interrupts::ioapic::IoApic;
@@ -14,6 +13,7 @@ use crate::interrupts::routing::{Targets, targets};
 use crate::interrupts::{DeliveryMode, Destination, InterruptMessage, IrqLines};
 use crate::kvm::handle::{Delivery, VcpuHandle, count};
 use dsm::addr::MemberId;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A message that follows a vCPU was handed on so often that something is wrong. Each hand-over takes as long as a
@@ -31,30 +31,45 @@ pub struct Switchboard {
     placement: Placement,
     /// All vCPUs of the VM, by id.
     handles: Vec<Arc<VcpuHandle>>,
-    ioapic: Option<Mutex<IoApic>>,
+    /// The VM's at the member that has the board; elsewhere it is nobody's.
+    ioapic: Mutex<IoApic>,
+    /// Number of the member that has it.
+    board: AtomicU16,
     fabric: Arc<Fabric>,
 }
 
 impl Switchboard {
-    /// `handles` are those of all vCPUs of the VM, by id.
+    /// `handles` are those of all vCPUs of the VM, by id; `board` is the member with the IOAPIC.
     pub fn new(
         me: MemberId,
         placement: Placement,
         handles: Vec<Arc<VcpuHandle>>,
         fabric: Arc<Fabric>,
+        board: MemberId,
     ) -> Switchboard {
-        let ioapic = (me == BOARD_MEMBER).then(Mutex::default);
-        Switchboard { me, placement, handles, ioapic, fabric }
+        let board = AtomicU16::new(board.0);
+        Switchboard { me, placement, handles, ioapic: Mutex::default(), board, fabric }
     }
 
     /// The member with the IOAPIC.
     pub fn ioapic_member(&self) -> MemberId {
-        BOARD_MEMBER
+        MemberId(self.board.load(Ordering::SeqCst))
+    }
+
+    /// Another member has the IOAPIC, or this one. While the VM is paused.
+    pub fn set_ioapic_member(&self, member: MemberId) {
+        self.board.store(member.0, Ordering::SeqCst);
+    }
+
+    /// The IOAPIC that is to come here, as it was at the member that has it. While the VM is paused.
+    pub fn bring_ioapic(&self, ioapic: IoApic) {
+        *self.ioapic.lock().unwrap_or_else(PoisonError::into_inner) = ioapic;
     }
 
     /// The IOAPIC, if it is here.
     pub fn ioapic(&self) -> Option<MutexGuard<'_, IoApic>> {
-        Some(self.ioapic.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner))
+        let here = self.ioapic_member() == self.me;
+        here.then(|| self.ioapic.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Where the vCPUs live.
@@ -80,8 +95,8 @@ impl Switchboard {
     /// An IPI of a vCPU here. Returns whether it went to another member.
     pub fn send_ipi(&self, from: &VcpuHandle, x2apic: bool, message: &InterruptMessage) -> bool {
         let (local, remote) = self.route(message, x2apic);
-        from.counters.ipis_local.fetch_add(local, std::sync::atomic::Ordering::Relaxed);
-        from.counters.ipis_remote.fetch_add(remote, std::sync::atomic::Ordering::Relaxed);
+        from.counters.ipis_local.fetch_add(local, Ordering::Relaxed);
+        from.counters.ipis_remote.fetch_add(remote, Ordering::Relaxed);
         remote > 0
     }
 

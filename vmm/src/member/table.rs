@@ -33,6 +33,10 @@ pub enum TableTask {
     Change {
         /// The table.
         table: Table,
+        /// Who has each device, by window.
+        devices: Vec<MemberId>,
+        /// Whose clock the others follow.
+        leader: MemberId,
     },
     /// Nothing goes to or comes from this member any more, which is none. Answer: `Done`.
     Part {
@@ -94,8 +98,13 @@ impl Member {
                 dsm.begin_inherit(&ranges);
             }
             TableTask::Inherit { runs } => dsm.inherit(&runs).map_err(|e| e.to_string())?,
-            TableTask::Change { table } => {
+            TableTask::Change { table, devices, leader } => {
                 fault::at(me, &format!("change{}", table.epoch.0))?;
+                // First, because it says no without having changed anything.
+                let machine = self.running_machine().ok_or("the guest does not run")?;
+                machine.platform.assign(&devices)?;
+                machine.take_board(&devices, leader);
+                self.follow_console(&machine.platform);
                 dsm.change_table(&table).map_err(|e| e.to_string())?;
                 self.fabric().set_members(|member| table.members.contains(&member));
             }

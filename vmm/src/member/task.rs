@@ -1,5 +1,6 @@
 //! What the coordinator asks of a running member. Each task is answered, in bounded time.
 
+use super::devices::{DeviceReply, DeviceTask, Said};
 use super::saved::{MemberState, PagesSaved, SaveRequest};
 use super::table::{TableReply, TableTask};
 use super::travel::Departed;
@@ -71,6 +72,20 @@ pub enum MemberTask {
     Prefetch,
     /// See [`super::Member::table_task`]. Answer: `Table`.
     Table(TableTask),
+    /// See [`super::Member::device_task`]. Answer: `Device`.
+    Device(DeviceTask),
+    /// See [`super::Member::read_console`]. Answer: `Said`.
+    ReadConsole {
+        /// Where.
+        from: u64,
+        /// Longest wait for output.
+        wait: Duration,
+    },
+    /// See [`super::Member::type_in`]. Answer: `Typed`.
+    TypeIn {
+        /// What.
+        bytes: Vec<u8>,
+    },
     /// See [`super::Member::resume`]. Answer: `Done`.
     Resume {
         /// Ticks for which the VM has been paused in all, since its start.
@@ -107,4 +122,10 @@ pub enum MemberReply {
     Clock(u64),
     /// See [`super::Member::table_task`].
     Table(TableReply),
+    /// See [`super::Member::device_task`].
+    Device(DeviceReply),
+    /// A piece of the console's output.
+    Said(Said),
+    /// How many bytes the console took.
+    Typed(usize),
 }

@@ -61,6 +61,12 @@ impl Discipline {
         self.running.store(true, Ordering::SeqCst);
     }
 
+    /// Another member's clock is followed from now on. The two were kept together, so it goes on from where it is.
+    pub fn forget(&self) {
+        *self.filter.lock().unwrap_or_else(PoisonError::into_inner) = ClockFilter::default();
+        self.is_new.store(false, Ordering::SeqCst);
+    }
+
     /// How far off the clock may be, in nanoseconds.
     pub fn bound_ns(&self) -> u64 {
         self.bound_ns.load(Ordering::Relaxed)

@@ -1,9 +1,11 @@
 //! `loop`: adds one to word 0 of each of `pages=` pages, in order, for `seconds=` or for ever. At any instant all values
 //! of a range are equal but for one step down, so whoever stops, moves or saves the guest can check its memory;
 //! the guest checks too. Each CPU has a range of its own; `shared=1` gives all one range, a pass each in turn. A heartbeat
-//! line comes every second, or every `beat=` milliseconds.
+//! line comes every second, or every `beat=` milliseconds; with `disk=` the first CPU writes a number to that disk with each
+//! heartbeat, and looks at old ones.
 
 use crate::console::Line;
+use crate::disk::Diary;
 use crate::env::{Env, Failure, Page, bad};
 use crate::{machine, say, smp};
 use bare_support::cast::index;
@@ -55,6 +57,7 @@ fn job(env: &Env, cpu: usize, area: &'static [Page]) -> Result<(), Failure> {
     let (stop, turn) = (&head.0[0], &head.0[8]);
     let cpus = env.cpus as u64;
     let (mut passes, mut wrong, mut beats) = (0, 0, 0);
+    let mut diary = if cpu == 0 { Diary::open(env)? } else { None };
     smp::barrier(env, cpu)?;
     let start = machine::tsc();
     loop {
@@ -82,10 +85,17 @@ fn job(env: &Env, cpu: usize, area: &'static [Page]) -> Result<(), Failure> {
         let us = env.us(machine::tsc().saturating_sub(start));
         if cpu == 0 && us / plan.beat > beats {
             beats = us / plan.beat;
+            let mut disk = 0;
+            if let Some(diary) = &mut diary {
+                diary.go_on(env)?;
+                disk = diary.entries;
+                wrong += core::mem::take(&mut diary.wrong);
+                smp::report(0, 1, wrong);
+            }
             let seconds = us / 1_000_000;
             let least = smp::reports(env, 0).min().unwrap_or(0);
             let wrong: u64 = smp::reports(env, 1).sum();
-            say!("BARE loop BEAT seconds={seconds} passes={passes} least={least} wrong={wrong}");
+            say!("BARE loop BEAT seconds={seconds} passes={passes} least={least} disk={disk} wrong={wrong}");
         }
         if cpu == 0 && plan.seconds != 0 && us >= plan.seconds * 1_000_000 {
             stop.store(1, Ordering::SeqCst);

@@ -82,6 +82,8 @@ impl Coordinator {
             table,
             devices: self.devices(),
             hosts: (0u16..).map(MemberId).zip(self.spec.members.iter().map(|m| m.host.clone())).collect(),
+            home: self.spec.members.first().and_then(|m| m.host.clone()),
+            leader: MemberId(0),
         });
         let has_engine =
             topology.members.len() > 1 || self.spec.pages.always || !matches!(source, Source::Boot(_));

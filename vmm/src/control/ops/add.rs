@@ -212,7 +212,8 @@ async fn induct(
     all.sort_unstable();
     let Ready { host, pid, addr, .. } = ready;
     turn.crew()?.admit(*id, host.clone(), link.orders());
-    let changed = table::change(turn, roster.with_homes_at(*id), all).await;
+    let next = table::Next { memory: roster.with_homes_at(*id), members: all, ..roster.as_next() };
+    let changed = table::change(turn, next).await;
     let now = shared.ops().roster().filter(|now| now.table.members.contains(id));
     let Some(mut now) = now else {
         return Err(changed.err().unwrap_or_else(ending));
@@ -250,6 +251,7 @@ fn plan(turn: &Turn, recruiter: &Recruiter, id: MemberId, ready: &Ready) -> Resu
             table: roster.table.epoch,
             vcpus: info.vcpus.iter().copied().map(MemberId).collect(),
             placement: ops.last_epoch(),
+            leader: roster.leader,
         }),
         deadline: recruiter.limit,
     })

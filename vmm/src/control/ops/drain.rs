@@ -1,18 +1,18 @@
 //! A member leaves while the guest runs.
 //!
 //! ```text
-//!  vCPUs move to the others --> its homes go to the others --> its pages go home --> it leaves
-//!     live, one by one            a short pause                  live, with progress    a short pause
-//!            |                          |                             |
-//!            +--------------------------+-----------------------------+--- cancelled, or failed: homes and vCPUs come
-//!                                                                          back, the VM is as it was
+//!  vCPUs move to the others --> its homes and devices   --> its pages go home --> it leaves
+//!     live, one by one          go to the others              live, with progress    a short pause
+//!            |                  in a short pause                   |
+//!            +--------------------------+--------------------------+--- cancelled, or failed: homes, devices and vCPUs
+//!                                                                       come back, the VM is as it was
 //! ```
 //!
 //! From the moment at which it has nothing any more, whatever happens to its process harms nobody.
 
 use super::office::Notice;
-use super::table::{self, ask, ask_each};
-use super::{OpError, Turn, moves, pause};
+use super::table::{self, Next, Roster, ask, ask_each};
+use super::{OpError, Turn, devices, moves, pause};
 use crate::devices::DeviceSpec;
 use crate::member::table::{TableReply, TableTask};
 use dsm::addr::MemberId;
@@ -51,6 +51,9 @@ pub struct DrainReport {
     pub member: u16,
     /// vCPUs that moved, and where to.
     pub vcpus: Vec<(u32, u16)>,
+    /// Devices that went with it, and where to.
+    #[serde(default)]
+    pub devices: Vec<(String, u16)>,
     /// Pages that it had when its homes had gone.
     pub pages: u64,
     /// For how long they went, milliseconds.
@@ -61,17 +64,25 @@ pub struct DrainReport {
     pub total_ms: f64,
 }
 
-/// Takes a member out of the VM.
+/// Takes a member out of the VM; its devices go to `heirs`, or to whatever member can have them.
 ///
 /// # Errors
 /// The VM is as it was; or the text says what is not.
-pub async fn drain(turn: &Turn, member: u16, limit: Duration) -> Result<DrainReport, OpError> {
+pub async fn drain(
+    turn: &Turn,
+    member: u16,
+    heirs: Option<&[MemberId]>,
+    limit: Duration,
+) -> Result<DrainReport, OpError> {
     let member = MemberId(member);
     check(turn, member)?;
+    let ending = || OpError::Refused("the VM is ending".into());
+    let before = turn.shared().ops().roster().ok_or_else(ending)?;
+    let goal = devices::arrange(turn, &before, member, heirs.unwrap_or(&before.table.members)).await?;
     turn.shared().ops().begin_progress(format!("the drain of {member}"));
     let start = Instant::now();
     let mut report = DrainReport { member: member.0, ..DrainReport::default() };
-    let drained = attempt(turn, member, limit, &mut report).await;
+    let drained = attempt(turn, member, &before, goal, limit, &mut report).await;
     turn.shared().ops().end_progress();
     drained?;
     report.total_ms = ms(start.elapsed());
@@ -98,27 +109,6 @@ pub(super) fn check(turn: &Turn, member: MemberId) -> Result<(), OpError> {
     if roster.table.members.len() == 1 {
         return refused(format!("{member} is the only one"));
     }
-    if member == MemberId(0) {
-        return refused(
-            "member 0 is the coordinator and has the serial port and the interrupt controller: it can't leave. Drain the \
-             others instead, or take a checkpoint (spanvm checkpoint --stop) and restore it elsewhere"
-                .into(),
-        );
-    }
-    let kind = |device: &DeviceSpec| match device {
-        DeviceSpec::Blk { path, .. } => format!("the disk {}", path.display()),
-        DeviceSpec::Rng { .. } => "the random-number device".into(),
-        DeviceSpec::Console { .. } => "the virtio console".into(),
-        DeviceSpec::Serial { .. } => "the serial port".into(),
-    };
-    let devices: Vec<String> = roster.devices.iter().filter(|d| d.member() == member).map(kind).collect();
-    if !devices.is_empty() {
-        return refused(format!(
-            "{member} has {}: devices do not move yet; start the VM with them on member 0, or take a checkpoint and \
-             restore it elsewhere",
-            devices.join(", ")
-        ));
-    }
     if pause::is_paused(turn) {
         return refused("the VM is paused; resume it first".into());
     }
@@ -128,32 +118,34 @@ pub(super) fn check(turn: &Turn, member: MemberId) -> Result<(), OpError> {
 async fn attempt(
     turn: &Turn,
     member: MemberId,
+    roster: &Roster,
+    devices: Vec<DeviceSpec>,
     limit: Duration,
     report: &mut DrainReport,
 ) -> Result<(), OpError> {
-    let roster = turn.shared().ops().roster().ok_or_else(|| OpError::Refused("the VM is ending".into()))?;
-    let old = roster.table.memory.clone();
+    let old = roster.as_next();
     let members = roster.table.members.clone();
     let result = async {
         send_vcpus(turn, member, limit, report).await?;
         wanted(turn)?;
-        step(turn, "its homes go to the others");
-        let memory = roster.without_homes_at(&[member]);
-        if memory != old {
-            report.pauses_ms[0] = ms(table::change(turn, memory, members.clone()).await?);
+        step(turn, "its homes and devices go to the others");
+        let next = Next { memory: roster.without_homes_at(&[member]), devices, ..old.clone() };
+        if next != old {
+            report.devices = devices::report(&old.devices, &next.devices);
+            report.pauses_ms[0] = ms(table::change(turn, next).await?);
         }
         wanted(turn)?;
         evict(turn, member, report).await?;
         wanted(turn)?;
         step(turn, "it leaves");
-        let now = turn.shared().ops().roster().map_or_else(Vec::new, |roster| roster.table.memory);
+        let now = turn.shared().ops().roster().ok_or_else(|| OpError::Refused("the VM is ending".into()))?;
         let rest = members.iter().copied().filter(|m| *m != member).collect();
-        report.pauses_ms[1] = ms(table::change(turn, now, rest).await?);
+        report.pauses_ms[1] = ms(table::change(turn, Next { members: rest, ..now.as_next() }).await?);
         Ok(())
     }
     .await;
     if let Err(e) = result {
-        return Err(undo(turn, member, &old, &members, report, limit, e).await);
+        return Err(undo(turn, member, old, report, limit, e).await);
     }
     farewell(turn, member, &members).await
 }
@@ -243,18 +235,17 @@ async fn evict(turn: &Turn, member: MemberId, report: &mut DrainReport) -> Resul
 async fn undo(
     turn: &Turn,
     member: MemberId,
-    old: &[dsm::addr::HomeRange],
-    members: &[MemberId],
+    old: Next,
     report: &DrainReport,
     limit: Duration,
     why: OpError,
 ) -> OpError {
     step(turn, "back to how it was");
     let mut trouble = Vec::new();
-    let now = turn.shared().ops().roster().map(|roster| roster.table);
-    if now.is_some_and(|table| table.memory != old || table.members != members) {
-        if let Err(e) = table::change(turn, old.to_vec(), members.to_vec()).await {
-            trouble.push(format!("its homes did not come back: {e}"));
+    let now = turn.shared().ops().roster().map(|roster| roster.as_next());
+    if now.is_some_and(|now| now != old) {
+        if let Err(e) = table::change(turn, old).await {
+            trouble.push(format!("its homes and devices did not come back: {e}"));
         }
     }
     let away: Vec<u32> = report.vcpus.iter().map(|(vcpu, _)| *vcpu).collect();

@@ -5,6 +5,8 @@
 
 pub mod add;
 pub mod checkpoint;
+pub mod console;
+pub mod devices;
 pub mod drain;
 pub mod moves;
 pub mod office;
@@ -65,6 +67,7 @@ pub struct Ops {
     cancelled: AtomicBool,
     office: OnceLock<mpsc::Sender<office::Notice>>,
     recruiter: OnceLock<recruit::Recruiter>,
+    far: console::Slot,
 }
 
 impl Ops {

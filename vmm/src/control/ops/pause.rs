@@ -8,7 +8,7 @@
 //!   | Traffic, until nothing is under way between members
 //!   |<---------------------------------->|
 //!   |                 ... paused ...     |
-//!   | Clock (member 0)                   |
+//!   | Clock (whose clock all follow)     |
 //!   |<---------------------------------->|
 //!   | Resume(ticks that the guest does not see)
 //!   |----------------------------------->|
@@ -159,7 +159,8 @@ pub async fn release(turn: &Turn, limit: Duration) -> Result<(), OpError> {
         (Some(total), _) => total,
         (None, None) => stopped,
         (None, Some(since)) => {
-            let reply = crew.ask(MemberId(0), MemberTask::Clock, limit).await?;
+            let leader = ops.roster().map_or(MemberId(0), |roster| roster.leader);
+            let reply = crew.ask(leader, MemberTask::Clock, limit).await?;
             let MemberReply::Clock(now) = reply else { return Err(odd(&reply)) };
             stopped.wrapping_add(now.saturating_sub(since))
         }

@@ -1,22 +1,15 @@
 //! The whole VM goes to other hosts while the guest runs: members are added there, vCPUs and homes go to them, and the
 //! members that are not wanted any more are drained.
 //!
-//! Member 0, which is the coordinator and has the devices, can't leave: where it is not wanted it keeps no vCPU and is the
-//! home of nothing, and of the guest's memory it has only what its devices use.
+//! What stays is the coordinator: its process goes on where the VM was launched, without anything of the guest.
 
 use super::drain::{step, wanted};
-use super::table::{self, Roster, ask};
-use super::{OpError, Turn, add, drain, moves, pause};
+use super::table::{self, Roster};
+use super::{OpError, Turn, add, devices, drain, moves, pause};
 use crate::config::HostPort;
-use crate::member::table::{TableReply, TableTask};
 use dsm::addr::MemberId;
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
-
-/// Longest time in which member 0 gives its pages away.
-const PAGES: Duration = Duration::from_secs(60);
-/// Between two looks at that.
-const LOOK: Duration = Duration::from_millis(500);
 
 /// How a migration went.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -25,9 +18,12 @@ pub struct RelocateReport {
     pub added: Vec<add::AddReport>,
     /// vCPUs that moved before others left, and where to.
     pub vcpus: Vec<(u32, u16)>,
+    /// Devices that went to other members, and where to.
+    #[serde(default)]
+    pub devices: Vec<(String, u16)>,
     /// Members that left.
     pub drained: Vec<drain::DrainReport>,
-    /// Member 0 stays, with its devices, where it is not wanted.
+    /// The coordinator's host is not among those named: its process stays there, and has nothing of the guest.
     pub stays: bool,
     /// All of it, milliseconds.
     pub total_ms: f64,
@@ -60,6 +56,10 @@ pub async fn relocate(
             if !report.vcpus.is_empty() {
                 text += &format!("; {} vCPUs have moved", report.vcpus.len());
             }
+            if !report.devices.is_empty() {
+                let names: Vec<_> = report.devices.iter().map(|(name, _)| name.as_str()).collect();
+                text += &format!("; {} have gone elsewhere", names.join(", "));
+            }
             if !report.drained.is_empty() {
                 text += &format!("; left: {}", names(report.drained.iter().map(|d| d.member).collect()));
             }
@@ -68,11 +68,14 @@ pub async fn relocate(
     }
 }
 
+/// The coordinator's host has two names: this one is `None`.
+fn name(roster: &Roster, host: &Option<HostPort>) -> Option<HostPort> {
+    host.clone().filter(|host| Some(host) != roster.home.as_ref())
+}
+
 /// Which of the members stay, and which hosts need one.
 fn plan(roster: &Roster, hosts: &[Option<HostPort>]) -> (Vec<MemberId>, Vec<Option<HostPort>>) {
-    // The coordinator's host has two names.
-    let home = roster.hosts.iter().find(|(id, _)| *id == MemberId(0)).and_then(|(_, host)| host.clone());
-    let name = |host: &Option<HostPort>| host.clone().filter(|host| Some(host) != home.as_ref());
+    let name = |host: &Option<HostPort>| name(roster, host);
     let (mut stay, mut missing) = (Vec::new(), Vec::new());
     for host in hosts.iter().map(name) {
         match roster.hosts.iter().find(|(id, at)| name(at) == host && !stay.contains(id)) {
@@ -99,11 +102,9 @@ async fn steps(
     let ops = turn.shared().ops();
     let before = ops.roster().ok_or_else(ending)?;
     let (mut stay, missing) = plan(&before, hosts);
+    report.stays = !hosts.iter().any(|host| name(&before, host).is_none());
     let unwanted: Vec<MemberId> =
         before.table.members.iter().copied().filter(|member| !stay.contains(member)).collect();
-    for member in unwanted.iter().filter(|member| **member != MemberId(0)) {
-        drain::check(turn, *member)?;
-    }
     for host in &missing {
         let added = add::add_member(turn, host.as_ref()).await?;
         stay.push(MemberId(added.member));
@@ -116,8 +117,8 @@ async fn steps(
     let moved = clear(turn, &stay, &unwanted, limit, report).await;
     ops.end_progress();
     moved?;
-    for member in unwanted.into_iter().filter(|member| *member != MemberId(0)) {
-        report.drained.push(drain::drain(turn, member.0, limit).await?);
+    for member in unwanted {
+        report.drained.push(drain::drain(turn, member.0, Some(&stay), limit).await?);
     }
     Ok(())
 }
@@ -130,6 +131,12 @@ async fn clear(
     limit: Duration,
     report: &mut RelocateReport,
 ) -> Result<(), OpError> {
+    let roster = turn.shared().ops().roster().ok_or_else(|| OpError::Refused("the VM is ending".into()))?;
+    step(turn, "who can have the devices");
+    let mut goal = roster.clone();
+    for member in unwanted {
+        goal.devices = devices::arrange(turn, &goal, *member, stay).await?;
+    }
     step(turn, "vCPUs move");
     let places = turn.shared().info().vcpus;
     let mut load: Vec<(usize, u16)> =
@@ -142,28 +149,12 @@ async fn clear(
         report.vcpus.push((vcpu, *to));
     }
     wanted(turn)?;
-    step(turn, "homes move");
-    let roster = turn.shared().ops().roster().ok_or_else(|| OpError::Refused("the VM is ending".into()))?;
-    let memory = roster.without_homes_at(unwanted);
-    if memory != roster.table.memory {
-        table::change(turn, memory, roster.table.members.clone()).await?;
-    }
-    let coordinator = MemberId(0);
-    if unwanted.contains(&coordinator) {
-        report.stays = true;
-        step(turn, "member 0 gives its pages away");
-        let start = Instant::now();
-        // What its devices use comes back, so it may never be empty.
-        let mut least = u64::MAX;
-        while start.elapsed() < PAGES {
-            wanted(turn)?;
-            let evict = TableTask::Evict { limit: LOOK };
-            let TableReply::Evicted(now) = ask(turn, coordinator, evict).await? else { break };
-            if now.left == 0 || now.left >= least {
-                break;
-            }
-            least = now.left;
-        }
+    step(turn, "homes and devices move");
+    let next = table::Next { memory: roster.without_homes_at(unwanted), ..goal.as_next() };
+    if next != roster.as_next() {
+        let gone = devices::report(&roster.devices, &next.devices);
+        table::change(turn, next).await?;
+        report.devices = gone;
     }
     Ok(())
 }
@@ -180,7 +171,8 @@ mod tests {
         let hosts = vec![(MemberId(0), host("a")), (MemberId(1), host("b")), (MemberId(3), None)];
         let members = hosts.iter().map(|(id, _)| *id).collect();
         let table = Table { epoch: Epoch(1), memory: Vec::new(), members };
-        let roster = Roster { table, devices: Vec::new(), hosts };
+        let (devices, home, leader) = (Vec::new(), host("a"), MemberId(0));
+        let roster = Roster { table, devices, hosts, home, leader };
         let (stay, missing) = plan(&roster, &[host("b"), host("c"), None, host("b")]);
         assert_eq!(stay, [MemberId(1), MemberId(0)]);
         assert_eq!(missing, [host("c"), host("b")]);

@@ -7,6 +7,7 @@
 //!   |<------------------------------>|                  |                  |
 //!   | BeginInherit, Inherit          |                  |                  |
 //!   |-------------------------------------------------->|                  |    so far nothing has changed
+//!   | devices that go with it: [`super::devices`]
 //!   | Change(table)                  |                  |                  |
 //!   |--------------------------------------------------------------------->|    in memory only
 //!   | ReleaseMemory, resume
@@ -14,6 +15,7 @@
 //!
 //! If a member does not take the table, all are given the old one again, under a newer number.
 
+use super::devices::{self, Handover};
 use super::{OpError, Turn, odd, pause};
 use crate::config::HostPort;
 use crate::control::crew::{GRACE, join_all};
@@ -39,9 +41,24 @@ pub struct Roster {
     pub devices: Vec<DeviceSpec>,
     /// Where each member is: its node daemon, or the coordinator's own host.
     pub hosts: Vec<(MemberId, Option<HostPort>)>,
+    /// The coordinator's own host, if it has a node daemon.
+    pub home: Option<HostPort>,
+    /// The member whose clock the others follow.
+    pub leader: MemberId,
 }
 
 impl Roster {
+    /// Where a member is.
+    pub fn host_of(&self, member: MemberId) -> Option<HostPort> {
+        self.hosts.iter().find(|(id, _)| *id == member).and_then(|(_, host)| host.clone())
+    }
+
+    /// As it is, to be changed.
+    pub fn as_next(&self) -> Next {
+        let Table { memory, members, .. } = self.table.clone();
+        Next { memory, members, devices: self.devices.clone() }
+    }
+
     fn memory_of(&self, member: MemberId) -> u64 {
         self.table.memory.iter().filter(|range| range.home == member).map(|range| range.len).sum()
     }
@@ -126,25 +143,37 @@ fn push(memory: &mut Vec<HomeRange>, range: HomeRange) {
     }
 }
 
+/// What is to be.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Next {
+    /// What is homed where.
+    pub memory: Vec<HomeRange>,
+    /// All members.
+    pub members: Vec<MemberId>,
+    /// The devices, with their members.
+    pub devices: Vec<DeviceSpec>,
+}
+
 /// Gives the VM another table. Returns for how long it was paused.
 ///
 /// # Errors
 /// The old table holds, and the VM runs on; or the text says how things stand.
-pub async fn change(
-    turn: &Turn,
-    memory: Vec<HomeRange>,
-    members: Vec<MemberId>,
-) -> Result<Duration, OpError> {
+pub async fn change(turn: &Turn, next: Next) -> Result<Duration, OpError> {
     let ops = turn.shared().ops();
-    let old = ops.roster().ok_or_else(|| OpError::Refused("the VM is still starting".into()))?.table;
-    let next = Table { epoch: Epoch(old.epoch.0 + 1), memory, members };
+    let before = ops.roster().ok_or_else(|| OpError::Refused("the VM is still starting".into()))?;
+    let table = Table { epoch: Epoch(before.table.epoch.0 + 1), memory: next.memory, members: next.members };
+    // It leads as long as it is there.
+    let leads = |member: &&MemberId| **member == before.leader;
+    let leader = table.members.iter().find(leads).or(table.members.first()).copied().unwrap_or(before.leader);
+    let after = Roster { table, devices: next.devices, leader, ..before.clone() };
+    let (old, next) = (&before.table, &after.table);
     let start = Instant::now();
     pause::quiesce(turn, pause::LIMIT).await?;
-    let changed = under_pause(turn, &old, &next).await;
+    let changed = under_pause(turn, &before, &after).await;
     if changed.is_err() {
         // The VM goes on without those that it does not know; they may be what failed.
         let crew = turn.crew()?;
-        newcomers(&old, &next).for_each(|newcomer| crew.dismiss(newcomer));
+        newcomers(old, next).for_each(|newcomer| crew.dismiss(newcomer));
     }
     let gone_on = pause::go_on(turn, pause::LIMIT, "a change of members").await;
     changed?;
@@ -158,7 +187,12 @@ fn newcomers<'a>(old: &Table, next: &'a Table) -> impl Iterator<Item = MemberId>
     next.members.iter().copied().filter(move |member| !known.contains(member))
 }
 
-async fn under_pause(turn: &Turn, old: &Table, next: &Table) -> Result<(), OpError> {
+async fn under_pause(turn: &Turn, before: &Roster, after: &Roster) -> Result<(), OpError> {
+    let (old, next) = (&before.table, &after.table);
+    // If this is wrong nothing has begun.
+    let had = (devices::owners(&before.devices)?, before.leader);
+    let have = (devices::owners(&after.devices)?, after.leader);
+    let handed = devices::moves(&before.devices, &after.devices)?;
     for _ in 0..2 {
         pause::quiet_memory(turn, pause::LIMIT).await?;
     }
@@ -175,30 +209,44 @@ async fn under_pause(turn: &Turn, old: &Table, next: &Table) -> Result<(), OpErr
     }
     // What has changed since the last checkpoint is noted by home.
     turn.shared().ops().set_base(None);
-    if let Err(e) = give_all(turn, old, next).await {
+    let handover = Handover::carry(turn, before, handed).await?;
+    if let Err(e) = give_all(turn, old, next, &have).await {
         let back = Table { epoch: Epoch(next.epoch.0 + 1), ..old.clone() };
-        if let Err(worse) = give(turn, &back, &old.members).await {
+        if let Err(worse) = give(turn, &back, &had, &old.members).await {
             // Members disagree on who serialises a page: nobody may go on.
             let text = format!("{e}; and the members could not be given the old table again: {worse}");
             turn.shared().stop(End::Failed(text.clone()));
             return Err(OpError::Failed(format!("{text}: the VM ends")));
         }
-        turn.shared().tabled(&back);
+        turn.shared().tabled(&Roster { table: back, ..before.clone() });
+        handover.undo(turn).await?;
         return Err(OpError::Failed(format!("{e}; homes and members are as they were")));
     }
-    turn.shared().tabled(next);
+    turn.shared().tabled(after);
+    handover.settle(turn).await;
     Ok(())
 }
 
 /// Newcomers first: if one of them fails, nobody knows of it.
-async fn give_all(turn: &Turn, old: &Table, next: &Table) -> Result<(), OpError> {
+async fn give_all(
+    turn: &Turn,
+    old: &Table,
+    next: &Table,
+    devices: &(Vec<MemberId>, MemberId),
+) -> Result<(), OpError> {
     let newcomers: Vec<_> = newcomers(old, next).collect();
-    give(turn, next, &newcomers).await?;
-    give(turn, next, &old.members).await
+    give(turn, next, devices, &newcomers).await?;
+    give(turn, next, devices, &old.members).await
 }
 
-async fn give(turn: &Turn, table: &Table, to: &[MemberId]) -> Result<(), OpError> {
-    let task = |member: &MemberId| (*member, TableTask::Change { table: table.clone() });
+async fn give(
+    turn: &Turn,
+    table: &Table,
+    (devices, leader): &(Vec<MemberId>, MemberId),
+    to: &[MemberId],
+) -> Result<(), OpError> {
+    let change = TableTask::Change { table: table.clone(), devices: devices.clone(), leader: *leader };
+    let task = |member: &MemberId| (*member, change.clone());
     ask_each(turn, to.iter().map(task).collect()).await
 }
 
@@ -276,7 +324,13 @@ mod tests {
 
     fn roster(memory: Vec<HomeRange>, members: u16) -> Roster {
         let members = (0..members).map(MemberId).collect();
-        Roster { table: Table { epoch: Epoch(1), memory, members }, devices: Vec::new(), hosts: Vec::new() }
+        Roster {
+            table: Table { epoch: Epoch(1), memory, members },
+            devices: Vec::new(),
+            hosts: Vec::new(),
+            home: None,
+            leader: MemberId(0),
+        }
     }
 
     #[test]

@@ -2,10 +2,9 @@
 
 use super::ring::{Chain, RingError, VirtQueue};
 use super::{Backend, Description};
-use std::fs::{File, OpenOptions};
-use std::io::{Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt};
-use std::path::{Path, PathBuf};
+use crate::devices::image::{Image, SECTOR};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_S_IOERR,
     VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
@@ -13,8 +12,6 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
-/// Bytes of a sector, the unit of positions and lengths whatever the block size (5.2.4).
-const SECTOR: u64 = 512;
 const QUEUE_SIZE: u16 = 256;
 /// A request has a header and a status besides its data.
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
@@ -25,94 +22,31 @@ const ID_BYTES: usize = 20;
 /// Bytes copied at a time.
 const PIECE: usize = 256 << 10;
 
-/// Why an image cannot be a disk.
-#[derive(Debug, thiserror::Error)]
-pub enum ImageError {
-    /// It cannot be opened.
-    #[error("cannot open disk image {path}: {source}{}", hint(.source))]
-    Open {
-        /// Its path.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// It is no file or block device.
-    #[error("disk image {0} is not a file or block device")]
-    NotAFile(PathBuf),
-    /// Its size is no number of sectors.
-    #[error("disk image {path} has {size} bytes: that is not a positive multiple of 512, is it a raw image?")]
-    Size {
-        /// Its path.
-        path: PathBuf,
-        /// Its size in bytes.
-        size: u64,
-    },
-    /// It is in use.
-    #[error("disk image {0} is in use by another VM: a disk that is written can have one user")]
-    InUse(PathBuf),
-}
-
-fn hint(source: &std::io::Error) -> &'static str {
-    match source.raw_os_error() {
-        Some(libc::EACCES | libc::EPERM | libc::EROFS) => {
-            " (a disk that is only read can be given as readonly)"
-        }
-        _ => "",
-    }
-}
-
 /// A disk.
 #[derive(Debug)]
 pub struct Blk {
-    file: File,
-    /// Bytes.
-    size: u64,
-    readonly: bool,
+    image: Arc<Image>,
     id: [u8; ID_BYTES],
     buffer: Vec<u8>,
 }
 
 impl Blk {
-    /// Opens an image and locks it against other VMs (not against programs that take no locks).
-    ///
-    /// # Errors
-    /// See [`ImageError`].
-    pub fn open(path: &Path, readonly: bool, id: &str) -> Result<Blk, ImageError> {
-        let open_error = |source| ImageError::Open { path: path.to_owned(), source };
-        // The type first: opening a pipe would wait.
-        let kind = std::fs::metadata(path).map_err(open_error)?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(ImageError::NotAFile(path.to_owned()));
-        }
-        let mut file = OpenOptions::new().read(true).write(!readonly).open(path).map_err(open_error)?;
-        let size = file.seek(SeekFrom::End(0)).map_err(open_error)?;
-        if size == 0 || size % SECTOR != 0 {
-            return Err(ImageError::Size { path: path.to_owned(), size });
-        }
-        use rustix::fs::{FlockOperation, flock};
-        let operation = if readonly {
-            FlockOperation::NonBlockingLockShared
-        } else {
-            FlockOperation::NonBlockingLockExclusive
-        };
-        // Some network file systems have no locks; only a lock that somebody holds is an error.
-        if flock(&file, operation) == Err(rustix::io::Errno::WOULDBLOCK) {
-            return Err(ImageError::InUse(path.to_owned()));
-        }
+    /// A disk over an image, which is locked. `id` is what the guest is told of it.
+    pub fn new(image: Arc<Image>, id: &str) -> Blk {
         let mut bytes = [0; ID_BYTES];
         for (to, from) in bytes.iter_mut().zip(id.bytes()) {
             *to = from;
         }
-        Ok(Blk { file, size, readonly, id: bytes, buffer: vec![0; PIECE] })
+        Blk { image, id: bytes, buffer: vec![0; PIECE] }
     }
 
     /// What the transport says about it.
     pub fn description(&self, name: String) -> Description {
         let mut config = vec![0; 60];
-        config[0..8].copy_from_slice(&(self.size / SECTOR).to_le_bytes());
+        config[0..8].copy_from_slice(&(self.image.size() / SECTOR).to_le_bytes());
         config[12..16].copy_from_slice(&SEG_MAX.to_le_bytes());
         config[20..24].copy_from_slice(&512u32.to_le_bytes());
-        let read_only = if self.readonly { 1 << VIRTIO_BLK_F_RO } else { 0 };
+        let read_only = if self.image.is_readonly() { 1 << VIRTIO_BLK_F_RO } else { 0 };
         Description {
             name,
             device_type: VIRTIO_ID_BLOCK,
@@ -143,12 +77,12 @@ impl Blk {
             },
             VIRTIO_BLK_T_OUT => {
                 let len = chain.readable.len() - HEADER as u64;
-                match self.position(position, len).filter(|_| !self.readonly) {
+                match self.position(position, len).filter(|_| !self.image.is_readonly()) {
                     Some(position) => (self.write(chain, queue, position, len)?, 0),
                     None => (VIRTIO_BLK_S_IOERR, 0),
                 }
             }
-            VIRTIO_BLK_T_FLUSH => match self.file.sync_data() {
+            VIRTIO_BLK_T_FLUSH => match self.image.file().sync_data() {
                 Ok(()) => (VIRTIO_BLK_S_OK, 0),
                 Err(error) => self.failed("flush", 0, &error),
             },
@@ -165,7 +99,7 @@ impl Blk {
     /// The position if `len` bytes from there are whole sectors of the disk.
     fn position(&self, position: Option<u64>, len: u64) -> Option<u64> {
         let position = position?;
-        let inside = position.checked_add(len).is_some_and(|end| end <= self.size);
+        let inside = position.checked_add(len).is_some_and(|end| end <= self.image.size());
         (inside && len % SECTOR == 0).then_some(position)
     }
 
@@ -185,7 +119,7 @@ impl Blk {
         let mut done = 0;
         while done < len {
             let n = usize::try_from(len - done).unwrap_or(PIECE).min(PIECE);
-            if let Err(error) = self.file.read_exact_at(&mut self.buffer[..n], start + done) {
+            if let Err(error) = self.image.file().read_exact_at(&mut self.buffer[..n], start + done) {
                 return Ok(self.failed("read", start + done, &error));
             }
             chain.writable.write(queue.memory(), done, &self.buffer[..n])?;
@@ -205,7 +139,7 @@ impl Blk {
         while done < len {
             let n = usize::try_from(len - done).unwrap_or(PIECE).min(PIECE);
             chain.readable.read(queue.memory(), HEADER as u64 + done, &mut self.buffer[..n])?;
-            if let Err(error) = self.file.write_all_at(&self.buffer[..n], start + done) {
+            if let Err(error) = self.image.file().write_all_at(&self.buffer[..n], start + done) {
                 return Ok(self.failed("write", start + done, &error).0);
             }
             done += n as u64;

@@ -1,10 +1,11 @@
-use super::blk::{Blk, ImageError};
+use super::blk::Blk;
 use super::console::Console;
 use super::rng::Rng;
 use super::testing::*;
 use super::worker::Doorbell;
 use super::*;
 use crate::devices::console::Output;
+use crate::devices::image::{Image, ImageError};
 use crate::devices::{BusDevice, ConsoleHandle};
 use proptest::prelude::*;
 use std::path::{Path, PathBuf};
@@ -39,8 +40,14 @@ fn image(dir: &Path, len: usize) -> PathBuf {
     path
 }
 
+fn locked(path: &Path, readonly: bool) -> Result<Image, ImageError> {
+    let image = Image::open(path, readonly)?;
+    image.lock()?;
+    Ok(image)
+}
+
 fn blk(path: &Path, readonly: bool, memory: &GuestMemoryMmap) -> Transport {
-    let blk = Blk::open(path, readonly, "disk-id").unwrap();
+    let blk = Blk::new(Arc::new(locked(path, readonly).unwrap()), "disk-id");
     transport(blk.description("virtio-blk0".into()), blk, memory).0
 }
 
@@ -299,19 +306,19 @@ fn images_that_are_none_are_named() {
         (odd, "has 1000 bytes"),
         (empty, "has 0 bytes"),
     ] {
-        let e = Blk::open(&path, true, "x").unwrap_err().to_string();
+        let e = locked(&path, true).unwrap_err().to_string();
         assert!(e.contains(want) && e.contains(path.to_str().unwrap()), "{e}");
     }
     let denied = std::io::Error::from_raw_os_error(libc::EACCES);
     let e = ImageError::Open { path: "/x".into(), source: denied }.to_string();
     assert!(e.contains("given as readonly"), "{e}");
     let path = image(dir.path(), 512);
-    let writer = Blk::open(&path, false, "x").unwrap();
-    assert!(matches!(Blk::open(&path, true, "x"), Err(ImageError::InUse(_))));
+    let writer = locked(&path, false).unwrap();
+    assert!(matches!(locked(&path, true), Err(ImageError::InUse(_))));
     drop(writer);
-    let _first = Blk::open(&path, true, "x").unwrap();
-    Blk::open(&path, true, "x").unwrap();
-    assert!(matches!(Blk::open(&path, false, "x"), Err(ImageError::InUse(_))));
+    let _first = locked(&path, true).unwrap();
+    locked(&path, true).unwrap();
+    assert!(matches!(locked(&path, false), Err(ImageError::InUse(_))));
 }
 
 #[test]
