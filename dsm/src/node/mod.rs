@@ -38,7 +38,7 @@ pub use save::{PageSink, PageSource, SaveError, SaveOptions, Saved};
 use crate::addr::{MAX_MEMBERS, MemberId, PAGE_SIZE};
 use crate::layout::LayoutError;
 use crate::region::{Mapping, Memory, RegionError};
-use crate::stats::{DsmSnapshot, FaultRecord};
+use crate::stats::{DsmSnapshot, FaultRecord, PeerWaits};
 use shell::Shell;
 use std::net::TcpStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -250,6 +250,11 @@ impl DsmHandle {
     /// whether it wrote. At most a few dozen.
     pub fn recent(&self, thread: u32) -> Vec<(u64, bool)> {
         self.shell.recent(thread)
+    }
+
+    /// How often and for how long a thread of this member (by its kernel id) waited for each other member, since the start.
+    pub fn waits(&self, thread: u32) -> Vec<PeerWaits> {
+        self.shell.waits(thread)
     }
 
     /// Pages that a thread is about to use here, and whether it will write: those that are not here are asked for, without

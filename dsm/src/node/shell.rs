@@ -15,11 +15,12 @@ use crate::layout::{Layout, Page};
 use crate::protocol::pages::{BLOCK, Share};
 use crate::protocol::{CoreConfig, Event, MemberSet, Msg};
 use crate::region::{Fault, Kernel, Region, RegionError, Wake};
-use crate::stats::{DsmSnapshot, FaultLog, FaultRecord, PeerTraffic};
+use crate::stats::{DsmSnapshot, FaultLog, FaultRecord, PeerTraffic, PeerWaits};
 use crate::transport::frame::Header;
 use crate::transport::link::{Flush, Link, Queue};
 use crate::transport::run::Run;
 use arc_swap::ArcSwapOption;
+use std::collections::BTreeMap;
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -309,7 +310,9 @@ impl Shell {
         }
         if remote {
             // While the answer is on its way.
-            self.engine.shard(page).stats.count_up();
+            let mut shard = self.engine.shard(page);
+            shard.stats.waits(page, thread, now);
+            shard.stats.count_up();
         }
     }
 
@@ -317,6 +320,16 @@ impl Shell {
     pub(super) fn recent(&self, thread: u32) -> Vec<(u64, bool)> {
         let pages = lock(&self.recent).of(thread);
         pages.into_iter().map(|(page, write)| (self.layout.gpa_of(page), write)).collect()
+    }
+
+    /// See [`super::DsmHandle::waits`].
+    pub(super) fn waits(&self, thread: u32) -> Vec<PeerWaits> {
+        let mut all = BTreeMap::new();
+        for mut shard in self.engine.shards() {
+            shard.stats.count_up();
+            shard.stats.add_waits(thread, &mut all);
+        }
+        all.into_iter().map(|(peer, (faults, ns))| PeerWaits { peer, faults, wait_us: ns / 1000 }).collect()
     }
 
     /// See [`super::DsmHandle::want`].

@@ -59,6 +59,8 @@ struct Pending<D> {
     want: Want,
     since: u64,
     remote: bool,
+    /// Who granted it.
+    from: MemberId,
     /// No thread has touched the page yet.
     ahead: bool,
     /// The home may decline.
@@ -376,6 +378,7 @@ impl<D> Cache<D> {
                 want,
                 since: now,
                 remote,
+                from: self.me,
                 ahead,
                 hint,
                 waited: false,
@@ -429,6 +432,7 @@ impl<D> Cache<D> {
             });
         }
         pending.remote |= from != self.me;
+        pending.from = from;
         pending.grant = Some((terms, contents));
         self.complete(now, page, home, fx)
     }
@@ -483,8 +487,16 @@ impl<D> Cache<D> {
                 self.hold.learn(now.saturating_sub(pending.since));
             }
         }
-        let served =
-            Served { want: pending.want, remote: pending.remote, since: pending.since, ahead: pending.ahead };
+        // Where nothing came from elsewhere it is the others' copies that had to go.
+        let moved = pending.from != self.me && !matches!(contents, Contents::Keep);
+        let other = pending.acked.without(self.me).iter().next().filter(|_| !moved);
+        let served = Served {
+            want: pending.want,
+            remote: pending.remote,
+            from: other.unwrap_or(pending.from),
+            since: pending.since,
+            ahead: pending.ahead,
+        };
         fx.push(Command::Install { page, right: terms.right, contents, served });
         if terms.done {
             fx.send(home, page, Msg::Done { token: terms.token });

@@ -413,7 +413,7 @@ impl<D> Core<D> {
         self.fx.push(Command::Zero {
             page,
             count,
-            served: Served { want, remote: false, since: now, ahead: false },
+            served: Served { want, remote: false, from: self.me, since: now, ahead: false },
         });
         true
     }

@@ -265,6 +265,8 @@ pub struct Served {
     pub want: Want,
     /// Whether any other member was involved.
     pub remote: bool,
+    /// The member that had the page, or gave up its copy; this one if nobody else was involved.
+    pub from: MemberId,
     /// When the request began, in the time of the events.
     pub since: u64,
     /// Asked for ahead: no thread had touched the page by the time it came.

@@ -3,7 +3,9 @@
 mod log;
 mod shard;
 mod snapshot;
+mod waits;
 
 pub use log::{FaultLog, FaultRecord};
 pub use shard::{ShardStats, Totals};
 pub use snapshot::{DsmSnapshot, FaultCounts, HotPage, Latency, PeerTraffic};
+pub use waits::PeerWaits;

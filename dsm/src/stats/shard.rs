@@ -1,10 +1,13 @@
 //! Counters of one protocol core, and their sum over all.
 
 use super::snapshot::{DsmSnapshot, FaultCounts, HotPage, Latency};
+use super::waits::Waits;
+use crate::addr::MemberId;
 use crate::layout::{Layout, Page};
 use crate::protocol::pages::Share;
 use crate::protocol::{Msg, Served, Want};
 use hdrhistogram::Histogram;
+use std::collections::BTreeMap;
 
 /// Longest latency that is told apart: a minute, in nanoseconds.
 const LONGEST: u64 = 60_000_000_000;
@@ -43,6 +46,7 @@ pub struct ShardStats {
     heat: Vec<u32>,
     faults: FaultCounts,
     latencies: Latencies,
+    waits: Waits,
     pages_given: u64,
     zero_pages_given: u64,
     invalidated: u64,
@@ -60,6 +64,7 @@ impl ShardStats {
             heat: vec![0; share.slots(pages)],
             faults: FaultCounts::default(),
             latencies: Latencies::default(),
+            waits: Waits::default(),
             pages_given: 0,
             zero_pages_given: 0,
             invalidated: 0,
@@ -81,6 +86,17 @@ impl ShardStats {
             self.count_up();
         }
         self.fresh.push((page, *served, now));
+    }
+
+    /// A thread waits for a page that another member is asked for, since `since`.
+    pub fn waits(&mut self, page: Page, thread: u32, since: u64) {
+        self.waits.begin(page, thread, since);
+    }
+
+    /// Adds faults and nanoseconds that a thread waited for each member, as far as they have been
+    /// [counted up](Self::count_up).
+    pub fn add_waits(&self, thread: u32, all: &mut BTreeMap<MemberId, (u64, u64)>) {
+        self.waits.add_to(thread, all);
     }
 
     /// Counts what has been noted. For when nobody waits, and before the counters are read.
@@ -114,6 +130,7 @@ impl ShardStats {
                 Want::Upgrade => &mut self.latencies.upgrade,
             };
             histogram.saturating_record(now.saturating_sub(served.since).max(1));
+            self.waits.end(page, served.from, served.since, now);
             self.heat(page);
         }
     }

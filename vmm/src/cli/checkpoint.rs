@@ -243,6 +243,7 @@ pub(crate) fn wish(
         secret_file,
         start_timeout,
         on_member_loss: OnMemberLoss::default(),
+        policy: Default::default(),
     }
 }
 

@@ -71,6 +71,10 @@ pub struct LaunchArgs {
     /// the checkpoint on the hosts that answer [default: pause].
     #[arg(long, value_name = "pause|end|restore")]
     pub on_member_loss: Option<String>,
+    /// Who decides where vCPUs live while the guest runs: nobody but `spanvm vcpu migrate`, the load of the hosts, or the page
+    /// faults of the vCPUs [default: static].
+    #[arg(long, value_name = "static|balance|follow")]
+    pub policy: Option<String>,
     /// How it is to start.
     #[command(flatten)]
     pub start: StartArgs,
@@ -142,6 +146,7 @@ impl LaunchArgs {
             secret_file: self.start.secret_file.clone(),
             start_timeout: self.start.start_timeout,
             on_member_loss: self.on_member_loss.clone(),
+            policy: self.policy.clone(),
         })
     }
 }

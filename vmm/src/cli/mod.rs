@@ -1,15 +1,18 @@
-//! The command line. [`launch`] starts a VM, [`vms`] looks at and ends those that run, [`ops`] changes them, [`node`] is a host's
+//! The command line. [`launch`] starts a VM, [`vms`] looks at and ends those that run, [`ops`] changes them, [`place`] lets a
+//! policy do so, [`events`] says what happened, [`node`] is a host's
 //! daemon, [`doctor`] says what a host can do, [`bench`] measures, [`sim`] simulates. [`output`] prints,
 //! [`terminal`] is the user's terminal.
 
 pub mod bench;
 pub mod checkpoint;
 pub mod doctor;
+pub mod events;
 pub mod launch;
 pub mod member;
 pub mod node;
 pub mod ops;
 pub mod output;
+pub mod place;
 pub mod sim;
 pub mod terminal;
 pub mod vms;
@@ -35,6 +38,8 @@ pub enum Command {
     Ps(vms::PsArgs),
     /// Show one VM: members, vCPUs, memory, page faults.
     Info(vms::InfoArgs),
+    /// Show what happened to a VM: moves, drains, additions, pauses, checkpoints, decisions of its placement policy.
+    Events(events::EventsArgs),
     /// Connect to a VM's serial console; Ctrl-] leaves it.
     Console(vms::ConsoleArgs),
     /// Let a VM stand still: vCPUs, devices and, where the host can, its clock.
@@ -87,6 +92,7 @@ pub fn run(cli: Cli) -> u8 {
             Command::Launch(args) => launch::run(*args).await,
             Command::Ps(args) => report(vms::ps(args).await),
             Command::Info(args) => report(vms::info(args).await),
+            Command::Events(args) => report(events::events(args).await),
             Command::Console(args) => report(vms::console(args).await),
             Command::Checkpoint(args) => report(checkpoint::checkpoint(args).await),
             Command::Restore(args) => report(checkpoint::restore(args).await),

@@ -72,6 +72,8 @@ pub async fn resume(args: PauseArgs) -> Result<u8, End> {
 pub enum VcpuCommand {
     /// Move vCPUs to another member while the guest runs.
     Migrate(MigrateArgs),
+    /// Let a policy move them: to where their page faults go, or away from crowded hosts.
+    Place(super::place::PolicyArgs),
 }
 
 /// Flags of `vcpu`.
@@ -112,7 +114,10 @@ pub struct MigrateArgs {
 /// # Errors
 /// No such VM, vCPU or member; or a move failed: the text says where each vCPU is.
 pub async fn vcpu(args: VcpuArgs) -> Result<u8, End> {
-    let VcpuCommand::Migrate(args) = args.command;
+    let args = match args.command {
+        VcpuCommand::Migrate(args) => args,
+        VcpuCommand::Place(args) => return super::place::place(args).await,
+    };
     let client = VmClient::new(args.place.place()?, &args.vm);
     let groups: Vec<Vec<u32>> =
         if args.watch { args.vcpus.iter().map(|id| vec![*id]).collect() } else { vec![args.vcpus.clone()] };

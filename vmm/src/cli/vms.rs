@@ -140,11 +140,12 @@ pub async fn info(args: InfoArgs) -> Result<u8, End> {
 fn info_text(info: &VmInfo) -> String {
     let reason = info.reason.as_ref().map_or(String::new(), |reason| format!(" ({reason})"));
     let head = format!(
-        "{}: {}{reason}, up {}\n{} vCPUs, {} of memory, {} members, topology epoch {}\nkernel {}\n  {}\n",
+        "{}: {}{reason}, up {}\n{} vCPUs, placement {}, {} of memory, {} members, topology epoch {}\nkernel {}\n  {}\n",
         info.name,
         info.status,
         output::duration(info.uptime_s),
         info.cpus,
+        info.policy,
         format_size(info.memory),
         info.members.len(),
         info.epoch,

@@ -44,6 +44,8 @@ pub struct LaunchKeys {
     pub start_timeout: Option<i64>,
     /// What follows the loss of a member: `end` or `restore`.
     pub on_member_loss: Option<String>,
+    /// Who decides where vCPUs live: `static`, `balance` or `follow`.
+    pub policy: Option<String>,
 }
 
 /// `members = 2` or `[[members]]`.
@@ -154,6 +156,7 @@ impl LaunchKeys {
             secret_file: self.secret_file.or(below.secret_file),
             start_timeout: self.start_timeout.or(below.start_timeout),
             on_member_loss: self.on_member_loss.or(below.on_member_loss),
+            policy: self.policy.or(below.policy),
         }
     }
 }

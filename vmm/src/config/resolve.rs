@@ -9,6 +9,7 @@ use super::{files, plan};
 use crate::layout;
 use crate::member::PageTuning;
 use dsm::addr::MAX_MEMBERS;
+use migration::placement::Policy;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -73,11 +74,23 @@ pub fn resolve(keys: LaunchKeys) -> Result<VmSpec, ConfigError> {
                 return Err(ConfigError::value("on_member_loss", other, problem, hint));
             }
         },
+        policy: policy(keys.policy.as_deref(), members.len())?,
         members,
     };
     windows(&spec)?;
     check_files(&spec)?;
     Ok(spec)
+}
+
+fn policy(given: Option<&str>, members: usize) -> Result<Policy, ConfigError> {
+    let Some(text) = given else { return Ok(Policy::Static) };
+    let wrong = |problem: &str, hint: &str| Err(ConfigError::value("policy", text, problem, hint));
+    match text.parse() {
+        Err(_) => wrong("is not known", "give static, balance or follow"),
+        Ok(Policy::Static) => Ok(Policy::Static),
+        Ok(_) if members < 2 => wrong("has nothing to place with one member", "give the VM more members"),
+        Ok(policy) => Ok(policy),
+    }
 }
 
 /// Patience during the start, in seconds if it is given.

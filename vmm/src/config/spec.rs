@@ -1,6 +1,7 @@
 //! A checked specification: every value is in range and all shares sum up.
 
 use crate::member::PageTuning;
+use migration::placement::Policy;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::PathBuf;
@@ -117,6 +118,9 @@ pub struct VmSpec {
     /// What follows the loss of a member. Checkpoints of older versions don't have it.
     #[serde(default)]
     pub on_member_loss: OnMemberLoss,
+    /// Who decides where vCPUs live.
+    #[serde(default)]
+    pub policy: Policy,
 }
 
 /// What follows the loss of a member.

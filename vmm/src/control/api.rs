@@ -9,6 +9,8 @@
 //! | `POST /vm/pause` | stops the guest's vCPUs, devices and clock; body `{"by": "who", "limit_s": 5}` |
 //! | `POST /vm/resume` | lets it go on; same body |
 //! | `POST /vm/vcpus/migrate` | moves vCPUs; body `{"vcpus": [1, 2], "to": 1, "limit_s": 5}`; answer [`super::ops::moves::MoveReport`] |
+//! | `POST /vm/vcpus/place` | who decides where vCPUs live, or what a policy would do; body [`PlaceBody`]; answer [`super::ops::place::PlaceReport`] |
+//! | `GET /vm/events?after=0&wait_s=0` | [`super::events::Event`]s with a higher number; waits for one for at most so long |
 //! | `POST /vm/members/drain` | takes a member out; body `{"member": 1, "limit_s": 5}`; answer [`super::ops::drain::DrainReport`] |
 //! | `POST /vm/members/add` | adds one; body `{"host": "hostC:7700"}`, `null` for the coordinator's own; answer [`super::ops::add::AddReport`] |
 //! | `POST /vm/migrate` | goes to other hosts; body `{"hosts": ["hostC:7700", null], "limit_s": 5}`; answer [`super::ops::relocate::RelocateReport`] |
@@ -22,8 +24,9 @@
 //! readable by its owner only.
 
 use super::end::End;
+use super::events::Tell;
 use super::ops::checkpoint::{self, CheckpointBody};
-use super::ops::{OpError, Turn, add, drain, moves, pause, relocate};
+use super::ops::{OpError, Turn, add, drain, moves, pause, place, relocate};
 use super::shared::Shared;
 use crate::config::HostPort;
 use axum::body::{Body, Bytes};
@@ -74,6 +77,8 @@ fn router(shared: Arc<Shared>) -> Router {
         .route("/vm/pause", post(pause_vm))
         .route("/vm/resume", post(resume_vm))
         .route("/vm/vcpus/migrate", post(migrate))
+        .route("/vm/vcpus/place", post(place_vcpus))
+        .route("/vm/events", get(events))
         .route("/vm/members/drain", post(drain_member))
         .route("/vm/members/add", post(add_member))
         .route("/vm/migrate", post(relocate_vm))
@@ -173,11 +178,19 @@ impl From<OpError> for Refusal {
     }
 }
 
-/// Runs an operation to its end, whether or not the client stays to hear of it.
-async fn operate<T: Serialize + Send + 'static>(
+/// Runs an operation to its end, whether or not the client stays to hear of it, and writes down how it went.
+async fn operate<T: Serialize + Tell + Send + 'static>(
+    shared: &Arc<Shared>,
+    kind: &'static str,
     work: impl Future<Output = Result<T, OpError>> + Send + 'static,
 ) -> Result<Response, Refusal> {
-    match tokio::spawn(work).await {
+    let shared = shared.clone();
+    let told = tokio::spawn(async move {
+        let result = work.await;
+        shared.events().told(kind, &result);
+        result
+    });
+    match told.await {
         Ok(done) => Ok(Json(done?).into_response()),
         Err(e) => Err(Refusal(StatusCode::INTERNAL_SERVER_ERROR, e.to_string())),
     }
@@ -186,23 +199,62 @@ async fn operate<T: Serialize + Send + 'static>(
 async fn pause_vm(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Response, Refusal> {
     let body: PauseBody = parse(&body)?;
     let limit = limit(body.limit_s)?;
-    let turn = Turn::take(&shared, "a pause")?;
+    let turn = Turn::take_soon(&shared, "a pause").await?;
     let by = if body.by.is_empty() { "the API".into() } else { body.by };
-    operate(async move { pause::pause(&turn, &by, limit).await }).await
+    operate(&shared, "pause", async move { pause::pause(&turn, &by, limit).await }).await
 }
 
 async fn resume_vm(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Response, Refusal> {
     let limit = limit(parse::<PauseBody>(&body)?.limit_s)?;
-    let turn = Turn::take(&shared, "a resume")?;
-    operate(async move { pause::resume(&turn, limit).await }).await
+    let turn = Turn::take_soon(&shared, "a resume").await?;
+    operate(&shared, "resume", async move { pause::resume(&turn, limit).await }).await
 }
 
 async fn migrate(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Response, Refusal> {
     let body: MoveBody =
         serde_json::from_slice(&body).map_err(|e| Refusal(StatusCode::BAD_REQUEST, e.to_string()))?;
     let limit = limit(body.limit_s)?;
-    let turn = Turn::take(&shared, "a move of vCPUs")?;
-    operate(async move { moves::migrate(&turn, &body.vcpus, body.to, limit).await }).await
+    let turn = Turn::take_soon(&shared, "a move of vCPUs").await?;
+    operate(&shared, "move", async move { moves::migrate(&turn, &body.vcpus, body.to, limit).await }).await
+}
+
+/// Body of `POST /vm/vcpus/place`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlaceBody {
+    /// `static`, `balance` or `follow`.
+    pub policy: String,
+    /// Say what it would do, and change nothing.
+    #[serde(default)]
+    pub explain: bool,
+}
+
+async fn place_vcpus(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Response, Refusal> {
+    let body: PlaceBody =
+        serde_json::from_slice(&body).map_err(|e| Refusal(StatusCode::BAD_REQUEST, e.to_string()))?;
+    let policy = body.policy.parse().map_err(|e| Refusal(StatusCode::BAD_REQUEST, e))?;
+    let report =
+        if body.explain { place::explain(&shared, policy).await? } else { place::place(&shared, policy)? };
+    Ok(Json(report).into_response())
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct EventsQuery {
+    after: u64,
+    wait_s: f64,
+}
+
+async fn events(
+    State(shared): State<Arc<Shared>>,
+    Query(query): Query<EventsQuery>,
+) -> Result<Response, Refusal> {
+    if !(0.0..=MAX_LIMIT).contains(&query.wait_s) {
+        let reason = format!("wait_s is {}: 0 to {MAX_LIMIT}", query.wait_s);
+        return Err(Refusal(StatusCode::BAD_REQUEST, reason));
+    }
+    let limit = Duration::from_secs_f64(query.wait_s);
+    Ok(Json(shared.events().wait(query.after, limit).await).into_response())
 }
 
 /// Body of `POST /vm/members/drain`.
@@ -220,8 +272,8 @@ async fn drain_member(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<
     let body: DrainBody =
         serde_json::from_slice(&body).map_err(|e| Refusal(StatusCode::BAD_REQUEST, e.to_string()))?;
     let limit = limit(body.limit_s)?;
-    let turn = Turn::take(&shared, format!("the drain of member {}", body.member))?;
-    operate(async move { drain::drain(&turn, body.member, None, limit).await }).await
+    let turn = Turn::take_soon(&shared, format!("the drain of member {}", body.member)).await?;
+    operate(&shared, "drain", async move { drain::drain(&turn, body.member, None, limit).await }).await
 }
 
 /// Body of `POST /vm/members/add`.
@@ -237,8 +289,8 @@ async fn add_member(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Re
     let body: AddBody =
         serde_json::from_slice(&body).map_err(|e| Refusal(StatusCode::BAD_REQUEST, e.to_string()))?;
     let host = host_of(body.host)?;
-    let turn = Turn::take(&shared, "the addition of a member")?;
-    operate(async move { add::add(&turn, host.as_ref()).await }).await
+    let turn = Turn::take_soon(&shared, "the addition of a member").await?;
+    operate(&shared, "add", async move { add::add(&turn, host.as_ref()).await }).await
 }
 
 fn host_of(text: Option<String>) -> Result<Option<HostPort>, Refusal> {
@@ -262,8 +314,8 @@ async fn relocate_vm(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<R
         serde_json::from_slice(&body).map_err(|e| Refusal(StatusCode::BAD_REQUEST, e.to_string()))?;
     let limit = limit(body.limit_s)?;
     let hosts = body.hosts.into_iter().map(host_of).collect::<Result<Vec<_>, _>>()?;
-    let turn = Turn::take(&shared, "the migration to other hosts")?;
-    operate(async move { relocate::relocate(&turn, &hosts, limit).await }).await
+    let turn = Turn::take_soon(&shared, "the migration to other hosts").await?;
+    operate(&shared, "migrate", async move { relocate::relocate(&turn, &hosts, limit).await }).await
 }
 
 async fn members_progress(State(shared): State<Arc<Shared>>) -> Response {
@@ -278,8 +330,8 @@ async fn cancel_members(State(shared): State<Arc<Shared>>) -> Result<Response, R
 async fn checkpoint_vm(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Response, Refusal> {
     let body: CheckpointBody = parse(&body)?;
     let limit = limit(body.limit_s)?;
-    let turn = Turn::take(&shared, "a checkpoint")?;
-    operate(async move {
+    let turn = Turn::take_soon(&shared, "a checkpoint").await?;
+    operate(&shared, "checkpoint", async move {
         let report = checkpoint::checkpoint(&turn, &body, limit).await?;
         if body.stop {
             let by = if body.by.is_empty() { "the API" } else { &body.by };

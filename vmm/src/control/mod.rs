@@ -4,7 +4,7 @@
 //! [`launcher`] is the side of `spanvm launch`; [`coordinator`] is member 0's process; [`member_task`] is
 //! every member's end of its connection; [`node`] is a host's daemon and [`node_client`] its caller; [`child`]
 //! and [`spawn`] are the processes between them. [`shared`] is the picture of the VM that [`api`] serves over
-//! the socket in [`rundir`], [`view`] its JSON, [`client`] its caller. [`ops`] are the
+//! the socket in [`rundir`], [`events`] its log, [`view`] its JSON, [`client`] its caller. [`ops`] are the
 //! operations on a running VM, which [`crew`] asks of its members. [`restore`] makes a VM of a checkpoint, [`recovery`]
 //! knows which one when a member was lost. [`end`] is how it all ends.
 
@@ -16,6 +16,7 @@ pub mod codec;
 pub mod coordinator;
 pub mod crew;
 pub mod end;
+pub mod events;
 pub mod fit;
 pub mod host;
 pub mod launcher;

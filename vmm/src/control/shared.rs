@@ -2,6 +2,7 @@
 //! the operations on it.
 
 use super::end::End;
+use super::events::Events;
 use super::member_task::Slot;
 use super::ops::Ops;
 use super::view::{MemberInfo, VmInfo, VmStatus, VmSummary};
@@ -9,6 +10,7 @@ use crate::config::VmSpec;
 use crate::devices::ConsoleHandle;
 use crate::member::{MemberStats, VcpuStats};
 use crate::topology::Topology;
+use migration::placement::Policy;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
@@ -24,6 +26,7 @@ pub struct Shared {
     counts: mpsc::Sender<oneshot::Sender<()>>,
     slot: OpaqueSlot,
     ops: Ops,
+    events: Events,
 }
 
 struct OpaqueSlot(Slot);
@@ -85,12 +88,20 @@ impl Shared {
             cmdline: spec.cmdline.clone(),
             kernel: spec.kernel.display().to_string(),
             vcpus: Vec::new(),
+            policy: spec.policy,
             distances: Vec::new(),
             members,
         };
         let counted = vec![None; info.members.len()];
         let picture = Mutex::new(Picture { info, running_since: None, first_epoch: 0, counted, lost: None });
-        Shared { picture, stops, counts, slot: OpaqueSlot(slot), ops: Ops::default() }
+        Shared {
+            picture,
+            stops,
+            counts,
+            slot: OpaqueSlot(slot),
+            ops: Ops::default(),
+            events: Events::default(),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Picture> {
@@ -170,6 +181,8 @@ impl Shared {
             picture.info.members.remove(at);
             picture.counted.remove(at);
         }
+        drop(picture);
+        self.ops.placement().left(member.0);
     }
 
     /// The guest runs.
@@ -177,6 +190,18 @@ impl Shared {
         let mut picture = self.lock();
         picture.info.status = VmStatus::Running;
         picture.running_since = Some(Instant::now());
+        drop(picture);
+        self.events.note("state", "the guest runs", &());
+    }
+
+    /// What happened to the VM.
+    pub fn events(&self) -> &Events {
+        &self.events
+    }
+
+    /// This policy decides where vCPUs live.
+    pub fn set_policy(&self, policy: Policy) {
+        self.lock().info.policy = policy;
     }
 
     /// What is done to the running VM as a whole.
@@ -200,7 +225,10 @@ impl Shared {
         let mut picture = self.lock();
         picture.info.status = VmStatus::Paused;
         picture.info.reason = Some(end.to_string());
+        let text = end.to_string();
         picture.lost = Some(end);
+        drop(picture);
+        self.events.note("state", format!("paused for good: {text}"), &());
     }
 
     /// If a member is lost: which, why, and what can be done.
@@ -221,6 +249,8 @@ impl Shared {
         let mut picture = self.lock();
         picture.info.status = VmStatus::Ending;
         picture.info.reason = Some(end.to_string());
+        drop(picture);
+        self.events.note("state", format!("ending: {end}"), &());
     }
 
     /// A member's counters.

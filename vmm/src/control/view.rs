@@ -2,6 +2,7 @@
 
 use crate::member::MemberStats;
 use dsm::stats::FaultCounts;
+use migration::placement::Policy;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 
@@ -80,6 +81,9 @@ pub struct VmInfo {
     pub kernel: String,
     /// Member of each vCPU, by vCPU id.
     pub vcpus: Vec<u16>,
+    /// Who decides where they live.
+    #[serde(default)]
+    pub policy: Policy,
     /// SLIT distances between members.
     pub distances: Vec<Vec<u8>>,
     /// The members.

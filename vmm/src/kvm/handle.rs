@@ -51,7 +51,7 @@ macro_rules! counters {
 
         impl Counters {
             fn snapshot(&self, vcpu: u32) -> VcpuStats {
-                VcpuStats { vcpu, $($name: self.$name.load(Ordering::Relaxed)),* }
+                VcpuStats { vcpu, waits: Vec::new(), $($name: self.$name.load(Ordering::Relaxed)),* }
             }
         }
     };

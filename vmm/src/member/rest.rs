@@ -1,6 +1,7 @@
 //! Tells the page engine when no vCPU of the member runs: contended pages then go to whoever asks without a hold.
 
 use dsm::node::DsmHandle;
+use dsm::stats::PeerWaits;
 use std::sync::{Mutex, PoisonError};
 
 /// Counts the vCPUs that rest.
@@ -39,6 +40,11 @@ impl Rest {
     /// The pages on which a thread waited last, and whether it wrote.
     pub fn recent_pages(&self, thread: u32) -> Vec<(u64, bool)> {
         self.dsm.as_ref().map(|dsm| dsm.recent(thread)).unwrap_or_default()
+    }
+
+    /// For which members a thread waited.
+    pub fn waits(&self, thread: u32) -> Vec<PeerWaits> {
+        self.dsm.as_ref().map(|dsm| dsm.waits(thread)).unwrap_or_default()
     }
 
     /// A vCPU that comes will use these pages.

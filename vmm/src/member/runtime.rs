@@ -13,7 +13,6 @@ use super::placement::Placement;
 use super::plan::{BootImages, MemberPlan, Origin};
 use super::ram::GuestRam;
 use super::rest::Rest;
-use super::stats::MemberStats;
 use super::switchboard::Switchboard;
 use super::travel::Travels;
 use super::watch::{Happening, Watch};
@@ -430,21 +429,6 @@ impl Member {
         join_within(&mut parts.other_threads, STOP_GRACE);
     }
 
-    /// Everything that is counted, as of now.
-    pub fn stats(&self) -> MemberStats {
-        let parts = self.parts();
-        let relaxed = std::sync::atomic::Ordering::Relaxed;
-        let discipline = parts.machine.as_ref().and_then(|m| m.discipline.as_ref());
-        MemberStats {
-            vcpus: self.switchboard.vcpus().map(|v| v.stats()).collect(),
-            memory: parts.ram.as_ref().map(GuestRam::snapshot).unwrap_or_default(),
-            clock_skew_bound_ns: discipline.map_or(0, Discipline::bound_ns),
-            fabric_sent: self.fabric.sent.load(relaxed),
-            fabric_received: self.fabric.received.load(relaxed),
-            fabric_reconnects: self.fabric.reconnects(),
-        }
-    }
-
     /// The serial console, on the member that had the serial port at the start, wherever that is now.
     pub fn console(&self) -> Option<ConsoleHandle> {
         self.console.clone()
@@ -454,6 +438,11 @@ impl Member {
     pub(super) fn running_machine(&self) -> Option<Arc<MemberMachine>> {
         let parts = self.parts();
         parts.machine.clone().filter(|_| parts.running)
+    }
+
+    /// Looks at the machine; it can't be taken down meanwhile.
+    pub(super) fn with_machine<T>(&self, look: impl FnOnce(Option<&MemberMachine>) -> T) -> T {
+        look(self.parts().machine.as_deref())
     }
 
     pub(super) fn with_ram<T>(&self, work: impl FnOnce(&GuestRam) -> T) -> Result<T, String> {

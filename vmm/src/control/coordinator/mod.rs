@@ -1,10 +1,12 @@
 //! The coordinator: member 0's process, which brings the members together, watches over them, and ends the VM
 //! everywhere when it is over. [`start`] is the way up, [`watch`] the time in between and what goes wrong,
-//! [`link`] a connection to a member; `lost` and `heir` are what comes after a member is lost.
+//! [`link`] a connection to a member; `placer` moves vCPUs where a policy wants them, `lost` and `heir` are what comes
+//! after a member is lost.
 
 mod heir;
 pub mod link;
 mod lost;
+mod placer;
 pub mod start;
 pub mod watch;
 
@@ -252,6 +254,7 @@ async fn launched(
             }
         }
     });
+    tokio::spawn(placer::drive(Arc::downgrade(&shared)));
     let (inbox_tx, inbox) = mpsc::channel(256);
     let (root, spawner) = (around.root, around.spawner.clone());
     let (saved, child) = (spec.clone(), inherit.clone());

@@ -147,6 +147,9 @@ impl Coordinator {
         .await?;
         let seats = self.links.iter().map(|link| (link.id, link.host.clone(), link.orders()));
         self.shared.ops().staff(Crew::new(seats));
+        let shares = (0u16..).zip(self.spec.members.iter().map(|m| m.cpus));
+        self.shared.ops().placement().begin(self.spec.policy, shares);
+        self.shared.set_policy(self.spec.policy);
         self.shared.running();
         if let Source::Checkpoint(opened) = &source {
             self.shared.ops().restored(&opened.dir);

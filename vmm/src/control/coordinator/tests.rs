@@ -232,6 +232,7 @@ pub(in crate::control) fn spec(members: usize) -> VmSpec {
         secret_file: None,
         start_timeout: Duration::from_secs(2),
         on_member_loss: Default::default(),
+        policy: Default::default(),
     }
 }
 

@@ -1,4 +1,5 @@
-//! What can be done to a running VM as a whole, one thing at a time: [`pause`], [`moves`], [`drain`], [`add`].
+//! What can be done to a running VM as a whole, one thing at a time: [`pause`], [`moves`], [`drain`], [`add`]. [`place`] is about who
+//! decides where vCPUs live.
 //!
 //! An operation takes its [`Turn`] first; while one is under way all others are refused with its name, so none ever
 //! sees another half done. Operations run as tasks of their own: a client that goes away does not leave one half done.
@@ -11,6 +12,7 @@ pub mod drain;
 pub mod moves;
 pub mod office;
 pub mod pause;
+pub mod place;
 pub mod recruit;
 pub mod relocate;
 pub mod table;
@@ -68,6 +70,7 @@ pub struct Ops {
     office: OnceLock<mpsc::Sender<office::Notice>>,
     recruiter: OnceLock<recruit::Recruiter>,
     far: console::Slot,
+    placement: Mutex<place::Placement>,
 }
 
 impl Ops {
@@ -139,6 +142,11 @@ impl Ops {
 
     fn turn(&self) -> MutexGuard<'_, Option<String>> {
         self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The operation that is under way.
+    pub fn under_way(&self) -> Option<String> {
+        self.turn().clone()
     }
 
     /// So many placement epochs that nobody else has; returns the first.

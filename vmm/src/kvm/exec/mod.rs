@@ -266,16 +266,16 @@ impl<M: Machine> Runner<M> {
             }
             None => IDLE_WAIT,
         };
-        let start = Instant::now();
         self.rest(timeout);
-        let slept = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
-        self.handle.counters.halted_us.fetch_add(slept, Ordering::Relaxed);
     }
 
     fn rest(&self, timeout: Duration) {
+        let start = Instant::now();
         self.machine.rest(true);
         self.handle.wait(Some(timeout));
         self.machine.rest(false);
+        let slept = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.handle.counters.halted_us.fetch_add(slept, Ordering::Relaxed);
     }
 
     fn inject(&mut self, vector: Option<u8>) -> Result<(), KvmError> {

@@ -19,7 +19,7 @@ fn give(page: u32, acks: MemberSet, drop: bool) -> Command<PageBuf> {
 }
 
 fn install(page: u32, contents: Contents<PageBuf>) -> Command<PageBuf> {
-    let served = Served { want: Want::Read, remote: true, since: 0, ahead: true };
+    let served = Served { want: Want::Read, remote: true, from: MemberId(1), since: 0, ahead: true };
     Command::Install { page: Page(page), right: Right::Shared, contents, served }
 }
 
