@@ -1,6 +1,6 @@
 //! What one remote page fault costs, over the floor measured in the same run.
 
-use super::floor::{Samples, local_faults, nanos, round_trips};
+use super::floor::{LocalFaults, Samples, local_faults, nanos, round_trips};
 use super::group::{Group, Launcher};
 use super::peer::{Order, Tuning};
 use super::work::Work;
@@ -145,9 +145,10 @@ pub fn run(
     }
     let mut is_awake = opts.tuning.is_pinned;
     let half = u64::from(opts.pages / 2) * PAGE_SIZE;
-    // Each run has pages of its own: those that have gone to and fro a few times count as contended, and are held.
-    let homes = (0..u64::from(opts.runs) * 2).zip([MemberId(0), MemberId(1)].into_iter().cycle());
-    let memory: Vec<_> = homes.map(|(n, home)| HomeRange { start: n * half, len: half, home }).collect();
+    let memory = [
+        HomeRange { start: 0, len: half, home: MemberId(0) },
+        HomeRange { start: half, len: half, home: MemberId(1) },
+    ];
     let mut group = Group::start(2, true, &memory, opts.tuning, launcher)?;
     let listener = TcpListener::bind("127.0.0.1:0").map_err(io_step("can't listen on loopback"))?;
     let addr = listener.local_addr().map_err(io_step("can't listen on loopback"))?;
@@ -163,22 +164,22 @@ pub fn run(
         }
         let awake = opts.tuning.is_pinned.then(super::cpus::Awake::start);
         let count = usize::try_from(opts.pages).unwrap_or(usize::MAX);
-        let mut rtt = round_trips(&mut stream, count)?;
-        let mut local = local_faults(opts.pages)?;
-        // The peer writes, so that it has every page; then this process reads, upgrades, gives back, and writes.
-        let gpa = u64::from(n) * 2 * half;
-        let give = |group: &mut Group, value| {
+        let (mut rtt, mut local) = (Samples::new(), LocalFaults::default());
+        // The peer writes, so that it has every page. The floor is measured before anybody takes them from it: a page that is
+        // asked for right after it came counts as contended and is held, which is no cost of a fault.
+        let mut peer_writes = |group: &mut Group, value| -> Result<(), BenchError> {
             let pages = u64::from(opts.pages / 2) * 2;
-            group.all(|_| Work::Fill { gpa, pages, value }, PATIENCE)
+            group.all(|_| Work::Fill { gpa: 0, pages, value }, PATIENCE)?;
+            rtt.extend(round_trips(&mut stream, count)?);
+            local.extend(local_faults(opts.pages)?);
+            Ok(())
         };
-        give(&mut group, u64::from(n) * 2 + 1)?;
-        let mut read = touch(&group, gpa, 2 * half, false);
-        let mut upgrade = touch(&group, gpa, 2 * half, true);
-        give(&mut group, u64::from(n) * 2 + 2)?;
-        let mut write = touch(&group, gpa, 2 * half, true);
-        // The floor again, so that a disturbance at one moment does not make it look high or low.
-        rtt.extend(round_trips(&mut stream, count)?);
-        local.extend(local_faults(opts.pages)?);
+        let value = u64::from(n) * 2 + 1;
+        peer_writes(&mut group, value)?;
+        let mut read = touch(&group, 0, 2 * half, false);
+        let mut upgrade = touch(&group, 0, 2 * half, true);
+        peer_writes(&mut group, value + 1)?;
+        let mut write = touch(&group, 0, 2 * half, true);
 
         let floor = Floor {
             uffd_us: percentile(&mut local.read, 50),

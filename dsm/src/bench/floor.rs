@@ -112,7 +112,7 @@ impl LocalFaults {
     }
 }
 
-/// Times `count` faults of each kind.
+/// Times `count` faults of each kind, in the order in which the members' are timed.
 pub fn local_faults(count: u32) -> Result<LocalFaults, BenchError> {
     let bytes = u64::from(count) * 2 * PAGE_SIZE;
     let layout = Layout::new(&[HomeRange { start: 0, len: bytes, home: MemberId(0) }])
@@ -123,9 +123,9 @@ pub fn local_faults(count: u32) -> Result<LocalFaults, BenchError> {
         let handler = scope.spawn(|| handle(&region, &stop));
         let memory = region.memory();
         let timed = |first: u32, write: bool| -> Samples {
-            (u64::from(first)..u64::from(first) + u64::from(count))
+            super::scattered(count.into())
                 .filter_map(|n| {
-                    let word = memory.u64_at(n * PAGE_SIZE)?;
+                    let word = memory.u64_at((u64::from(first) + n) * PAGE_SIZE)?;
                     let start = Instant::now();
                     if write {
                         word.store(1, SeqCst);

@@ -124,6 +124,7 @@ fn frames(shell: &Shell, link: &Link) -> Result<(), Cause> {
         if !talk.is_empty() && (!reader.has_next() || answered >= BURST) {
             answered = 0;
             shell.flush(std::mem::take(&mut talk), now);
+            reader.source().expect_more();
         }
         let mut is_fresh = false;
         if !reader.has_next() {

@@ -1,13 +1,18 @@
-//! Hearing a peer's answer at once: the receive thread of a peer that has just been asked for a page, and that answers
-//! faster than a thread is put to sleep and woken again, looks for the answer again and again instead of sleeping.
+//! Hearing a peer at once: where the next bytes come sooner than a thread is worth to be put to sleep and woken again, its receive
+//! thread looks for them again and again instead of sleeping. At both ends of a page fault:
 //!
 //! ```text
-//!  fault thread    request sent, ask() ---> signal
-//!                                             |
-//!  receive thread  asleep in recv ------------+-> looks, looks, looks, has it
+//!  who asks                                          who answers
+//!  fault thread    request sent, ask() -> signal
+//!                                           |        receive thread  answer sent, expect_more()
+//!  receive thread  asleep in recv ----------+-> looks                looks
+//!                  has the answer <--------------------------------
+//!                  the page's waiter runs, faults again -----------> has the request
 //! ```
 //!
-//! Whoever waits for the page has no use for the processor meanwhile. Whether a peer is that fast is measured with every answer.
+//! Who waits for an answer has no use for the processor meanwhile; who waits for a request may have. Both are done only with peers
+//! that were that fast the last times: how long they took is measured with everything that comes. When requests end, one look is in
+//! vain, of at most twice the time that they took to come, less than it cost to answer a few of them.
 
 use std::io::{self, Read};
 use std::net::TcpStream;
@@ -22,8 +27,18 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 const QUICK: u64 = 60_000;
 /// For so long the receive thread looks for an answer at most, before it sleeps as usual.
 const PATIENCE: Duration = Duration::from_micros(100);
-/// How much a new answer counts: one part of so many.
+/// How much a new time counts: one part of so many.
 const WEIGHT: u64 = 8;
+
+/// The average, in nanoseconds, after it `took` so long once more. What took for ever, because a processor was taken away or
+/// nobody wanted anything, says little about the next time.
+fn learn(average: u64, took: u64) -> u64 {
+    average - average / WEIGHT + took.min(2 * QUICK) / WEIGHT
+}
+
+fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
 
 /// The signal that makes a receive thread look. The first two real-time signals are left to who uses this crate.
 fn signal() -> libc::c_int {
@@ -84,10 +99,8 @@ impl Ear {
     pub fn heard(&self, now: u64) {
         let asked = self.asked.swap(0, Ordering::Relaxed);
         if asked != 0 {
-            // One answer that took for ever, because a processor was taken away, says little about the next.
-            let took = now.saturating_sub(asked).min(2 * QUICK);
             let takes = self.takes.load(Ordering::Relaxed);
-            self.takes.store(takes - takes / WEIGHT + took / WEIGHT, Ordering::Relaxed);
+            self.takes.store(learn(takes, now.saturating_sub(asked)), Ordering::Relaxed);
         }
     }
 
@@ -103,7 +116,7 @@ impl Ear {
             // SAFETY: no arguments, can't fail.
             self.thread.store(unsafe { libc::gettid() }, Ordering::Relaxed);
         }
-        Listener { ear: self, stream }
+        Listener { ear: self, stream, more: None, gap: 2 * QUICK }
     }
 }
 
@@ -112,6 +125,10 @@ impl Ear {
 pub struct Listener<'a> {
     ear: &'a Ear,
     stream: &'a TcpStream,
+    /// Since when the next request is waited for.
+    more: Option<Instant>,
+    /// How long that takes, nanoseconds; a moving average.
+    gap: u64,
 }
 
 impl Drop for Listener<'_> {
@@ -121,16 +138,46 @@ impl Drop for Listener<'_> {
 }
 
 impl Listener<'_> {
-    /// Looks for an answer that should be here soon.
-    fn look(&self, buf: &mut [u8]) -> rustix::io::Result<usize> {
+    /// The peer's requests that came so far have been answered.
+    pub fn expect_more(&mut self) {
+        self.more = Some(Instant::now());
+    }
+
+    /// For how long to look before sleeping, if it is worth it.
+    fn patience(&self) -> Option<Duration> {
+        if self.ear.is_due() {
+            Some(PATIENCE)
+        } else {
+            (self.more.is_some() && self.gap < QUICK).then(|| Duration::from_nanos(2 * self.gap))
+        }
+    }
+
+    /// Looks for what should be here soon.
+    fn look(&self, buf: &mut [u8], patience: Duration) -> rustix::io::Result<usize> {
         let start = Instant::now();
-        while start.elapsed() < PATIENCE {
+        while start.elapsed() < patience {
             match rustix::net::recv(self.stream, &mut *buf, RecvFlags::DONTWAIT) {
                 Err(rustix::io::Errno::AGAIN) => std::hint::spin_loop(),
                 result => return result.map(|(_, n)| n),
             }
         }
         Err(rustix::io::Errno::AGAIN)
+    }
+
+    fn hear(&self, buf: &mut [u8]) -> rustix::io::Result<usize> {
+        loop {
+            if let Some(patience) = self.patience() {
+                match self.look(buf, patience) {
+                    Err(rustix::io::Errno::AGAIN) => {}
+                    result => return result,
+                }
+            }
+            match self.sleep(buf) {
+                // Perhaps it is to look.
+                Err(rustix::io::Errno::INTR) => {}
+                result => return result,
+            }
+        }
     }
 
     fn sleep(&self, buf: &mut [u8]) -> rustix::io::Result<usize> {
@@ -143,18 +190,40 @@ impl Listener<'_> {
 
 impl Read for Listener<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        loop {
-            if self.ear.is_due() {
-                match self.look(buf) {
-                    Err(rustix::io::Errno::AGAIN) => {}
-                    result => return Ok(result?),
-                }
-            }
-            match self.sleep(buf) {
-                // Perhaps it is to look.
-                Err(rustix::io::Errno::INTR) => {}
-                result => return Ok(result?),
-            }
+        let result = self.hear(buf);
+        if let Some(since) = self.more.take() {
+            self.gap = learn(self.gap, nanos(since.elapsed()));
         }
+        Ok(result?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::net::TcpListener;
+
+    #[test]
+    fn requests_are_looked_for_while_they_come_quickly() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let stream = listener.accept().unwrap().0;
+        let ear = Ear::default();
+        let mut listener = ear.attend(&stream);
+        listener.expect_more();
+        assert_eq!(listener.patience(), None, "nobody knows yet how quick they are");
+        (0..64).for_each(|_| listener.gap = learn(listener.gap, 1000));
+        assert!(listener.patience().is_some_and(|p| p < Duration::from_micros(20)), "{}", listener.gap);
+        let mut byte = [0];
+        peer.write_all(&[7]).unwrap();
+        assert_eq!((listener.read(&mut byte).unwrap(), byte), (1, [7]));
+        assert_eq!(listener.patience(), None, "nothing has been answered since");
+        // A few that do not come are enough.
+        (0..10).for_each(|_| listener.gap = learn(listener.gap, u64::MAX));
+        listener.expect_more();
+        assert_eq!(listener.patience(), None, "{}", listener.gap);
+        drop(peer);
+        assert_eq!(listener.read(&mut byte).unwrap(), 0);
     }
 }

@@ -45,6 +45,11 @@ impl<R: Read> FrameReader<R> {
         FrameReader { stream, buf: vec![0; capacity.max(HEADER_LEN + PAGE_LEN)], start: 0, end: 0 }
     }
 
+    /// What the frames are read from.
+    pub fn source(&mut self) -> &mut R {
+        &mut self.stream
+    }
+
     /// Makes sure that `need` bytes (at most one frame) are in the buffer; `Ok(false)` at the end of the stream
     /// with nothing in the buffer.
     fn fill(&mut self, need: usize, on_read: &mut impl FnMut(usize)) -> Result<bool, ReadError> {
