@@ -38,6 +38,9 @@ pub struct Table {
 /// How far a member is with giving its pages back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Evicted {
+    /// Pages that were here when it began.
+    #[serde(default)]
+    pub before: u64,
     /// Pages that are still here.
     pub left: u64,
     /// Nothing is here, and nothing is under way.
@@ -202,6 +205,7 @@ impl super::shell::Shell {
     pub(super) fn evict_all(&self, limit: Duration) -> Evicted {
         let end = std::time::Instant::now() + limit;
         let here = || self.engine.budget().here();
+        let at_first = here();
         while self.is_running() && std::time::Instant::now() < end {
             let mut asked = 0;
             let before = here();
@@ -218,7 +222,7 @@ impl super::shell::Shell {
             }
         }
         let left = self.engine.resident();
-        Evicted { left, is_empty: left == 0 && self.engine.is_quiet() }
+        Evicted { before: at_first, left, is_empty: left == 0 && self.engine.is_quiet() }
     }
 
     /// Waits until at most `open` of the pages that were asked to go are still here, or nothing more goes.

@@ -175,7 +175,7 @@ fn start(folder: &Folder, what: &str, mib: u32, then: Then) -> Result<Vm, BenchE
     spanvm(&["console", &vm.name, "--send", "x"])?;
     vm.await_filled()?;
     spanvm(&["vcpu", "migrate", &vm.name, "0", "--to", "0"])?;
-    // The pages that it counts in come, and the coordinator hears how many there are.
+    // The pages that it counts in come.
     std::thread::sleep(QUIET);
     Ok(vm)
 }

@@ -195,10 +195,7 @@ async fn evict(turn: &Turn, member: MemberId, report: &mut DrainReport) -> Resul
             return Err(OpError::Failed(format!("{member} does not say how many pages it has")));
         };
         if last == u64::MAX {
-            // What went in the first step is not known exactly; the counters of before are close.
-            let info = turn.shared().info();
-            let held = info.members.iter().find(|m| m.id == member.0).map_or(0, |m| m.memory_held / 4096);
-            last = held.max(now.left);
+            last = now.before.max(now.left);
             report.pages = last;
         }
         let gone = last.saturating_sub(now.left);
