@@ -1,5 +1,5 @@
 //! The placement policy with the real binary: two vCPUs of the bare-metal guest that count up the same pages from two
-//! members meet, and stay. Skipped, with the reason printed, where there is no KVM.
+//! members meet, and stay; two that compute on one host while another has nothing to do part. Skipped, with the reason printed, where there is no KVM.
 
 mod lab;
 
@@ -16,11 +16,20 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// A detached VM of two members with a vCPU each, which take turns at the same pages.
 fn launch(lab: &Lab, kernel: &str, more: &[&str]) {
     let cmdline = "cpus=2 test=loop shared=1 pages=4 deadline=300 beat=100";
-    let args = ["launch", "--name=t", "--cpus=2", "--members=2", "--memory=64M", "--rng=off", "--detach"];
-    let mut command = lab.command(&[&args[..], more, &["--kernel", kernel, "--cmdline", cmdline]].concat());
+    let args = ["launch", "--name=t", "--cpus=2", "--memory=64M", "--rng=off", "--detach"];
+    let members = if more.iter().any(|arg| arg.starts_with("--on=")) { &[][..] } else { &["--members=2"] };
+    let guest = ["--kernel", kernel, "--cmdline", cmdline];
+    let mut command = lab.command(&[&args[..], members, more, &guest].concat());
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
     let output = finish(child.unwrap(), 60);
     assert_eq!(output.status.code(), Some(0), "{output:?}");
+}
+
+/// Two node daemons that say to be different hosts.
+fn two_hosts(lab: &mut Lab) -> String {
+    let secret = "--secret-file=@/secret";
+    let hosts = ["--name=one", "--name=two"].map(|name| lab.node(&[secret, name]).to_string());
+    format!("--on={}", hosts.join(","))
 }
 
 /// The guest, where a member may have both vCPUs.
@@ -152,4 +161,31 @@ fn from_the_start() {
     let kinds: Vec<Value> =
         text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["kind"].clone()).collect();
     assert!(kinds.contains(&json!("decision")) && kinds.contains(&json!("move")), "{kinds:?}");
+}
+
+#[test]
+fn a_crowded_host_gives_one_away() {
+    let Some(kernel) = guest_with_room() else { return };
+    let mut lab = Lab::new();
+    let on = two_hosts(&mut lab);
+    launch(&lab, kernel, &[&on, "--secret-file=@/secret"]);
+    beats(&lab, 0);
+    json(&lab.run(&["vcpu", "migrate", "t", "1", "--to", "0", "--json"]));
+    assert_eq!(info(&lab).unwrap()["vcpus"], json!([0, 0]));
+
+    let place = ["vcpu", "place", "t", "--policy", "balance"];
+    let report = json(&lab.run(&[&place[..], &["--json"]].concat()));
+    assert_eq!(report["active"], "balance");
+    until("nobody leaves", &lab, || {
+        let now = info(&lab)?;
+        (now["vcpus"][0] != now["vcpus"][1]).then_some(())
+    });
+    let decisions = events(&lab, "decision");
+    let made = &decisions.last().unwrap()["data"]["round"]["candidates"][0];
+    assert_eq!((&made["from"], &made["to"]), (&json!(0), &json!(1)), "{made}");
+    assert!(made["gain"].as_f64().unwrap() > 0.0, "{made}");
+    let passes = beats(&lab, 0);
+    beats(&lab, passes);
+    stop(&lab);
+    lab.nothing_runs();
 }

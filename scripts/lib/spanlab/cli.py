@@ -22,6 +22,7 @@ Virtual hosts with /dev/kvm, for running spanvm over several machines on one.
   scripts/lab run -n 3 -- CMD                up, run CMD in h1, down
   scripts/lab soak --boots 10                boot the Linux guest over them ten times, and judge its console
   scripts/lab soak --moves 100               move its vCPUs between hosts while it works, then check it
+  scripts/lab soak --drain -n 3              let a host leave and come back while it works, and check it in between
   scripts/lab bench boot --json              its boot over two hosts against one, and where remote faults come from
 
 The hosts run Debian's stock kernel and busybox. In each of them
@@ -71,8 +72,9 @@ def _parser():
     soak = commands.add_parser("soak", parents=[machine, name, guest], help="boot the Linux guest over the hosts, many times")
     soak.add_argument("--boots", type=int, default=10, metavar="N", help="how often (default 10)")
     soak.add_argument("--moves", type=int, metavar="N", help="instead: boot once, move vCPUs so often while the guest works, then check it")
+    soak.add_argument("--drain", action="store_true", help="instead: boot once, let a host leave and come back while the guest works, and check it")
     soak.add_argument("--seed", type=int, default=1, metavar="S", help="of --moves: which vCPU moves when (default 1)")
-    soak.add_argument("--budget", type=int, default=15, metavar="S", help="of --moves: seconds for each round of ssicheck (default 15)")
+    soak.add_argument("--budget", type=int, default=15, metavar="S", help="of --moves and --drain: seconds for each check of ssicheck (default 15)")
     soak.add_argument("--guest-run", default="poweroff", metavar="CMD", help="what the guest runs, such as 'ssicheck' (default: nothing)")
     soak.add_argument("--fresh-hosts", action="store_true", help="new virtual hosts for every boot")
     bench = commands.add_parser("bench", parents=[machine, name, guest], help="measure the Linux guest over the hosts")
@@ -157,6 +159,9 @@ def _measure(options):
                 raise Failure("--moves: at least 1, over at least -n 2 hosts")
             plan.timeout = options.guest_timeout or 5400
             return measure.soak_moves(lambda: _new(options), options.moves, plan, options.seed, options.budget)
+        if options.drain:
+            plan.timeout = options.guest_timeout or 5400
+            return measure.soak_drain(lambda: _new(options), plan, options.budget)
         plan.run = options.guest_run
         return measure.soak(lambda: _new(options), options.boots, plan, options.fresh_hosts)
     if options.n < 2 or options.runs < 1:

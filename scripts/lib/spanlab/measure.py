@@ -4,7 +4,7 @@ import json
 import statistics
 import time
 
-from . import causes, console, guestrun, images, soakmoves
+from . import causes, console, guestrun, images, soakdrain, soakmoves
 from . import kernel as debian
 from . import lab as labs
 from .common import TARGET, Failure, replace_file, say
@@ -54,6 +54,12 @@ def soak_moves(new_lab, moves, plan, seed, budget):
     """See `soakmoves`."""
     _ready()
     return soakmoves.soak_moves(new_lab, moves, plan, seed, budget)
+
+
+def soak_drain(new_lab, plan, budget):
+    """See `soakdrain`."""
+    _ready()
+    return soakdrain.soak_drain(new_lab, plan, budget)
 
 
 def _faults(outcome):
