@@ -162,16 +162,20 @@ impl Engine {
 
     /// Asks the pages of one block to go that may go. Returns how many.
     pub(crate) fn push_out(&self, env: &impl Env, now: u64, first: Page) -> usize {
-        let mut shard = self.shard(first);
-        let block = (first.0..env.layout().pages().min(first.0.saturating_add(BLOCK))).map(Page);
-        let mut pages: Vec<Page> = block.collect();
-        pages.retain(|page| shard.core.can_evict(now, *page).is_some());
-        // Together: those behind each other go as a run, and all that their home does about them is done for the run.
-        let events = pages.iter().map(|page| Event::Evict { page: *page });
-        let after = super::engine::process_run(&mut shard, env, now, events, &[]);
-        drop(shard);
-        self.follow_up(env, after, now);
-        pages.len()
+        let end = env.layout().pages().min(first.0.saturating_add(BLOCK));
+        let mut asked = 0;
+        for from in (first.0..end).step_by(TOGETHER) {
+            let mut shard = self.shard(first);
+            let mut pages: Vec<Page> = (from..end).take(TOGETHER).map(Page).collect();
+            pages.retain(|page| shard.core.can_evict(now, *page).is_some());
+            asked += pages.len();
+            // Together: those behind each other go as a run, and all that their home does about them is done for the run.
+            let events = pages.iter().map(|page| Event::Evict { page: *page });
+            let after = super::engine::process_run(&mut shard, env, now, events, &[]);
+            drop(shard);
+            self.follow_up(env, after, now);
+        }
+        asked
     }
 
     /// A page homed here that `member` has.
@@ -193,8 +197,10 @@ impl Engine {
     }
 }
 
-/// Requests for pages to go that may be under way.
-const WINDOW: u64 = 1024;
+/// Requests for pages to go that may be under way. What has been sent and not been taken is still in a processor's cache then.
+const WINDOW: u64 = 512;
+/// Pages that go in one run at most: while the home puts them in place the next ones are copied here.
+const TOGETHER: usize = 128;
 /// Between two looks at them.
 const LOOK: Duration = Duration::from_micros(200);
 /// A request that is not answered within so many looks was not heeded.

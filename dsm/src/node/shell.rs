@@ -298,7 +298,8 @@ impl Shell {
         let now = self.now();
         let asked = self.engine.fault(self, now, page, write);
         let remote = asked.is_some();
-        for peer in asked.unwrap_or(MemberSet::EMPTY).iter() {
+        // Answers of several would be looked for by as many threads, on as many processors.
+        if let Some(peer) = asked.and_then(MemberSet::sole) {
             self.with_link(peer, |link| link.ear().ask(now));
         }
         if remote {

@@ -34,6 +34,11 @@ impl MemberSet {
         MemberSet(self.0 & !Self::bit(member))
     }
 
+    /// Its one member, if it has one only.
+    pub fn sole(self) -> Option<MemberId> {
+        if self.0.is_power_of_two() { self.iter().next() } else { None }
+    }
+
     /// Whether nobody is in the set.
     pub fn is_empty(self) -> bool {
         self.0 == 0
@@ -41,7 +46,12 @@ impl MemberSet {
 
     /// The members, ascending.
     pub fn iter(self) -> impl Iterator<Item = MemberId> {
-        (0..64u16).map(MemberId).filter(move |m| self.has(*m))
+        let mut left = self.0;
+        std::iter::from_fn(move || {
+            let next = u16::try_from(left.trailing_zeros()).ok().filter(|_| left != 0)?;
+            left &= left - 1;
+            Some(MemberId(next))
+        })
     }
 }
 

@@ -67,7 +67,7 @@ def soak_drain(new_lab, plan, budget):
             raise Failure(f"spanvm info does not show vCPU {homes} on member {member}")
         say(f"    member {member} on {host} is back: {again['memory_held'] >> 20} MiB, {_faults(again)} remote faults")
         guest.type("")
-        report.update(drain=drained, added=added, member=again)
+        report.update(drain=drained, added=added, used={key: again[key] for key in ("vcpus", "memory_home", "memory_held", "faults")})
     load, checks = working.soak(new_lab, plan, "soak-drain.log", work)
     print(json.dumps({"soak": "drain", "members": plan.members, "cpus": plan.cpus, "load": load, "conformance": checks, **report}))
     return 0
