@@ -49,6 +49,8 @@ pub struct Tuning {
     pub budget_pages: u64,
     /// Each member on a processor of its own ([`super::cpus`]).
     pub is_pinned: bool,
+    /// Whether receive threads may look for what comes next instead of sleeping.
+    pub busy_poll: bool,
 }
 
 impl Default for Tuning {
@@ -62,6 +64,7 @@ impl Default for Tuning {
             shards: 1,
             deadline_ms: 10_000,
             grace_ms: 0,
+            busy_poll: true,
             budget_pages: 0,
             is_pinned: false,
         }
@@ -144,6 +147,7 @@ pub fn join(listener: TcpListener, membership: &Membership) -> Result<Dsm, Bench
     };
     cfg.reconnect = reconnect;
     cfg.shards = tuning.shards;
+    cfg.busy_poll = tuning.busy_poll;
     cfg.deadline = Duration::from_millis(tuning.deadline_ms);
     cfg.budget = (tuning.budget_pages > 0).then(|| tuning.budget_pages.saturating_mul(PAGE_SIZE));
     Ok(Dsm::start(cfg, links.collect())?)

@@ -53,6 +53,8 @@ pub struct DsmConfig {
     /// Bytes of the memory that this member keeps; more goes back to where it is homed. `None` for all of it. The budgets of
     /// all members together must hold the memory, with a few percent to spare, and each what is homed with it.
     pub budget: Option<u64>,
+    /// Whether a receive thread may look for what a quick peer says next, for up to 100 us, instead of sleeping until it comes.
+    pub busy_poll: bool,
     /// How many of the last faults are remembered for [`super::Dsm::take_fault_log`]; 0 for none.
     pub fault_log: usize,
 }
@@ -72,6 +74,7 @@ impl DsmConfig {
             reconnect: None,
             first_touch: 8,
             budget: None,
+            busy_poll: true,
             fault_log: 0,
         }
     }

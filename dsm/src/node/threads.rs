@@ -112,7 +112,7 @@ fn rules(shell: &Shell, peer: MemberId) -> Rules<'_> {
 fn frames(shell: &Shell, link: &Link) -> Result<(), Cause> {
     let peer = link.peer();
     let stream = link.stream();
-    let mut reader = FrameReader::new(link.ear().attend(&stream));
+    let mut reader = FrameReader::new(link.ear().attend(&stream, shell.config().busy_poll));
     let mut unsaid = 0;
     let mut talk = MemberSet::EMPTY;
     let mut answered = 0;

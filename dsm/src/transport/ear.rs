@@ -104,19 +104,19 @@ impl Ear {
         }
     }
 
-    /// The calling thread is the receive thread, and reads from `stream`.
-    pub fn attend<'a>(&'a self, stream: &'a TcpStream) -> Listener<'a> {
+    /// The calling thread is the receive thread, and reads from `stream`. It sleeps unless it `may_look`.
+    pub fn attend<'a>(&'a self, stream: &'a TcpStream, may_look: bool) -> Listener<'a> {
         static IS_HANDLED: OnceLock<bool> = OnceLock::new();
         let is_handled = IS_HANDLED.get_or_init(|| {
             let result = register_signal_handler(signal(), on_signal);
             result.inspect_err(|e| tracing::warn!("receive threads sleep until answers come: {e}")).is_ok()
         });
         // Without a handler the signal would end the process: then nobody learns which thread it is.
-        if *is_handled {
+        if *is_handled && may_look {
             // SAFETY: no arguments, can't fail.
             self.thread.store(unsafe { libc::gettid() }, Ordering::Relaxed);
         }
-        Listener { ear: self, stream, more: None, gap: 2 * QUICK }
+        Listener { ear: self, stream, may_look, more: None, gap: 2 * QUICK }
     }
 }
 
@@ -125,6 +125,7 @@ impl Ear {
 pub struct Listener<'a> {
     ear: &'a Ear,
     stream: &'a TcpStream,
+    may_look: bool,
     /// Since when the next request is waited for.
     more: Option<Instant>,
     /// How long that takes, nanoseconds; a moving average.
@@ -145,7 +146,9 @@ impl Listener<'_> {
 
     /// For how long to look before sleeping, if it is worth it.
     fn patience(&self) -> Option<Duration> {
-        if self.ear.is_due() {
+        if !self.may_look {
+            None
+        } else if self.ear.is_due() {
             Some(PATIENCE)
         } else {
             (self.more.is_some() && self.gap < QUICK).then(|| Duration::from_nanos(2 * self.gap))
@@ -210,7 +213,7 @@ mod tests {
         let mut peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let stream = listener.accept().unwrap().0;
         let ear = Ear::default();
-        let mut listener = ear.attend(&stream);
+        let mut listener = ear.attend(&stream, true);
         listener.expect_more();
         assert_eq!(listener.patience(), None, "nobody knows yet how quick they are");
         (0..64).for_each(|_| listener.gap = learn(listener.gap, 1000));
@@ -223,6 +226,10 @@ mod tests {
         (0..10).for_each(|_| listener.gap = learn(listener.gap, u64::MAX));
         listener.expect_more();
         assert_eq!(listener.patience(), None, "{}", listener.gap);
+        listener.gap = 0;
+        assert_eq!(listener.patience(), Some(Duration::ZERO));
+        listener.may_look = false;
+        assert_eq!(listener.patience(), None, "it may not");
         drop(peer);
         assert_eq!(listener.read(&mut byte).unwrap(), 0);
     }
