@@ -119,20 +119,25 @@ fn whatever_fails_leaves_the_vm_as_it_was() {
     stop(&lab);
 }
 
+/// The drain of member 1 fails, and the VM ends with who died in it.
+fn drain_ends_the_vm(lab: &Lab, fault: &str) {
+    let output = lab.run(&["member", "drain", "t", "1"]);
+    assert_ne!(output.status.code(), Some(0), "{fault}: {output:?}");
+    let since = Instant::now();
+    while info(lab).is_some() {
+        assert!(since.elapsed() < LONG, "{fault}: the VM is still there");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    lab.nothing_runs();
+}
+
 #[test]
 fn a_member_that_dies_while_it_is_drained_is_a_lost_member() {
     let Some(kernel) = guest() else { return };
     for fault in ["1:evict:die", "2:change2:die"] {
         let lab = Lab::new();
         launch(&lab, kernel, 3, SHARED, &["--rng=off"], fault);
-        let output = lab.run(&["member", "drain", "t", "1"]);
-        assert_ne!(output.status.code(), Some(0), "{fault}: {output:?}");
-        let since = Instant::now();
-        while info(&lab).is_some() {
-            assert!(since.elapsed() < LONG, "{fault}: the VM is still there");
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        lab.nothing_runs();
+        drain_ends_the_vm(&lab, fault);
     }
 }
 
@@ -250,14 +255,7 @@ fn a_member_that_dies_while_devices_go_is_a_lost_member() {
     for fault in ["1:give:die", "2:take:die", "1:reclaim:die,2:change2:refuse"] {
         let lab = Lab::new();
         launch_with_disk(&lab, kernel, 3, fault);
-        let output = lab.run(&["member", "drain", "t", "1"]);
-        assert_ne!(output.status.code(), Some(0), "{fault}: {output:?}");
-        let since = Instant::now();
-        while info(&lab).is_some() {
-            assert!(since.elapsed() < LONG, "{fault}: the VM is still there");
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        lab.nothing_runs();
+        drain_ends_the_vm(&lab, fault);
         assert!(!is_locked(&lab), "{fault}");
     }
 }
