@@ -6,6 +6,7 @@
 
 pub mod addr;
 pub mod bench;
+mod clock;
 #[doc(hidden)]
 pub mod hostile;
 pub mod layout;

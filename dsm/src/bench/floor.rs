@@ -21,7 +21,7 @@ pub type Samples = Vec<u64>;
 
 /// Nanoseconds since `start`.
 pub(super) fn nanos(start: Instant) -> u64 {
-    u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    crate::clock::nanos(start.elapsed())
 }
 
 /// Answers requests of [`round_trips`] until the other end is gone.
@@ -75,6 +75,14 @@ pub fn fan_out(streams: &mut [TcpStream], count: usize) -> Result<Samples, Bench
         samples.push(nanos(start));
     }
     Ok(samples)
+}
+
+/// Uses so many bytes of memory and gives them back. A virtual machine may have to get a page from its host when it uses one that it has
+/// not used for long, which takes longer than all else that is done to it: after this there are enough that it has.
+pub fn warm_up(bytes: u64) {
+    let mut memory = vec![0u8; usize::try_from(bytes).unwrap_or(0)];
+    memory.iter_mut().step_by(ANSWER).for_each(|byte| *byte = 1);
+    std::hint::black_box(&memory);
 }
 
 /// Sends `len` bytes, 64 pages at a time.

@@ -1,17 +1,14 @@
-//! A change of homes at one member ([`crate::protocol::homes`]), members that come and go, and giving everything back
-//! before leaving.
+//! A change of homes at one member ([`crate::protocol::homes`]), and members that come and go.
 
 use super::engine::Engine;
-use super::shard::Env;
 use crate::addr::{Epoch, HomeRange, MemberId, PAGE_SIZE};
 use crate::layout::{Layout, LayoutError, Page};
+use crate::protocol::MemberSet;
 use crate::protocol::directory::Entry;
 use crate::protocol::homes::RehomeError;
 use crate::protocol::pages::BLOCK;
-use crate::protocol::{Event, MemberSet};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
-use std::time::Duration;
 
 /// Neighbouring pages of which a directory says the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,18 +30,6 @@ pub struct Table {
     pub memory: Vec<HomeRange>,
     /// All members. A member that is not in its own table has left: it has nothing, and nothing comes to it.
     pub members: Vec<MemberId>,
-}
-
-/// How far a member is with giving its pages back.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Evicted {
-    /// Pages that were here when it began.
-    #[serde(default)]
-    pub before: u64,
-    /// Pages that are still here.
-    pub left: u64,
-    /// Nothing is here, and nothing is under way.
-    pub is_empty: bool,
 }
 
 /// Why homes were not changed.
@@ -160,24 +145,6 @@ impl Engine {
         self.shards().try_for_each(|mut shard| shard.core.rehome(layout.clone()))
     }
 
-    /// Asks the pages of one block to go that may go. Returns how many.
-    pub(crate) fn push_out(&self, env: &impl Env, now: u64, first: Page) -> usize {
-        let end = env.layout().pages().min(first.0.saturating_add(BLOCK));
-        let mut asked = 0;
-        for from in (first.0..end).step_by(TOGETHER) {
-            let mut shard = self.shard(first);
-            let mut pages: Vec<Page> = (from..end).take(TOGETHER).map(Page).collect();
-            pages.retain(|page| shard.core.can_evict(now, *page).is_some());
-            asked += pages.len();
-            // Together: those behind each other go as a run, and all that their home does about them is done for the run.
-            let events = pages.iter().map(|page| Event::Evict { page: *page });
-            let after = super::engine::process_run(&mut shard, env, now, events, &[]);
-            drop(shard);
-            self.follow_up(env, after, now);
-        }
-        asked
-    }
-
     /// A page homed here that `member` has.
     pub(crate) fn page_of(&self, layout: &Layout, member: MemberId) -> Option<u64> {
         let pages = (0..layout.pages()).map(Page);
@@ -197,54 +164,7 @@ impl Engine {
     }
 }
 
-/// Requests for pages to go that may be under way. What has been sent and not been taken is still in a processor's cache then.
-const WINDOW: u64 = 512;
-/// Pages that go in one run at most: while the home puts them in place the next ones are copied here.
-const TOGETHER: usize = 128;
-/// Between two looks at them.
-const LOOK: Duration = Duration::from_micros(200);
-/// A request that is not answered within so many looks was not heeded.
-const UNHEEDED: u32 = 50;
-
 impl super::shell::Shell {
-    /// See [`super::DsmHandle::evict_all`].
-    pub(super) fn evict_all(&self, limit: Duration) -> Evicted {
-        let end = std::time::Instant::now() + limit;
-        let here = || self.engine.budget().here();
-        let at_first = here();
-        while self.is_running() && std::time::Instant::now() < end {
-            let mut asked = 0;
-            let before = here();
-            for first in (0..self.layout().pages()).step_by(BLOCK as usize) {
-                asked += self.engine.push_out(self, self.now(), Page(first)) as u64;
-                self.wait_gone(before, asked, WINDOW);
-                if std::time::Instant::now() >= end {
-                    break;
-                }
-            }
-            self.wait_gone(before, asked, 0);
-            if here() == 0 || asked == 0 {
-                break;
-            }
-        }
-        let left = self.engine.resident();
-        Evicted { before: at_first, left, is_empty: left == 0 && self.engine.is_quiet() }
-    }
-
-    /// Waits until at most `open` of the pages that were asked to go are still here, or nothing more goes.
-    fn wait_gone(&self, before: u64, asked: u64, open: u64) {
-        let (mut looks, mut last) = (0, u64::MAX);
-        loop {
-            let here = self.engine.budget().here();
-            if before.saturating_sub(here) + open >= asked || looks > UNHEEDED || !self.is_running() {
-                return;
-            }
-            looks = if here < last { 0 } else { looks + 1 };
-            last = here;
-            std::thread::sleep(LOOK);
-        }
-    }
-
     fn layout_of_homes(&self) -> Arc<Layout> {
         self.homes.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
     }

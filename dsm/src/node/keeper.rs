@@ -2,6 +2,7 @@
 
 use super::failure::Cause;
 use super::shell::Shell;
+use crate::clock::nanos;
 use crate::layout::Page;
 use crate::protocol::MemberSet;
 use crate::transport::frame::Header;
@@ -92,7 +93,7 @@ impl Keeper {
 
 pub(super) fn run(shell: &Shell) {
     let keeper = shell.keeper();
-    let deadline = u64::try_from(shell.config().deadline.as_nanos()).unwrap_or(u64::MAX).max(4_000_000);
+    let deadline = nanos(shell.config().deadline).max(4_000_000);
     let beat = deadline / 4;
     let mut checked = shell.now();
     let mut next_beat = 0;

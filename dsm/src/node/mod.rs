@@ -3,7 +3,7 @@
 //! - [`fault threads`](threads): one per userfaultfd. Reads who waits, asks the core, and sends what it says itself; never
 //!   waits for the network.
 //! - [`receive threads`](threads): one per peer. Reads frames, asks the core, fills pages and wakes their waiters itself.
-//! - [`homes`]: a change of homes and of members.
+//! - [`homes`]: a change of homes and of members. [`leave`]: giving everything back before one leaves.
 //! - [`gang`]: contended pages that are used together come back together.
 //! - [`evict`]: what goes when there is more here than the member may keep.
 //! - [`recent`]: on which pages each thread waited last.
@@ -21,6 +21,7 @@ mod failure;
 mod gang;
 pub(crate) mod homes;
 mod keeper;
+pub(crate) mod leave;
 mod pace;
 mod recent;
 mod resume;
@@ -32,7 +33,8 @@ mod threads;
 
 pub use config::{DsmConfig, HoldConfig, Reconnect, Redialer};
 pub use failure::{Cause, DsmFailure, Lost};
-pub use homes::{Evicted, HomeRun, HomesError, Table};
+pub use homes::{HomeRun, HomesError, Table};
+pub use leave::Evicted;
 pub use save::{PageSink, PageSource, SaveError, SaveOptions, Saved};
 
 use crate::addr::{MAX_MEMBERS, MemberId, PAGE_SIZE};

@@ -2,6 +2,7 @@
 //! follow its clock.
 
 use crate::addr::MemberId;
+use crate::clock::nanos;
 use crate::protocol::MemberSet;
 use crate::protocol::hold::HoldConfig;
 use crate::protocol::slots::{MAX_SHIFT, MIN_SHIFT, Slots};
@@ -33,7 +34,7 @@ pub(super) struct Pace {
 
 impl Pace {
     pub(super) fn new(me: MemberId, members: MemberSet, hold: &HoldConfig) -> Pace {
-        let max = u64::try_from(hold.max.as_nanos()).unwrap_or(u64::MAX);
+        let max = nanos(hold.max);
         let state = Mutex::new(State { members, ..State::default() });
         Pace { me, transfers: u64::from(hold.transfers), max, state }
     }

@@ -11,6 +11,7 @@ use super::save::PageSource;
 use super::shard::Env;
 use super::{DsmError, PAGE};
 use crate::addr::{Epoch, MAX_MEMBERS, MemberId, PAGE_SIZE};
+use crate::clock::nanos;
 use crate::layout::{Layout, Page};
 use crate::protocol::pages::{BLOCK, Share};
 use crate::protocol::{CoreConfig, Event, MemberSet, Msg};
@@ -280,7 +281,7 @@ impl Shell {
 
     /// Nanoseconds since the start.
     pub(super) fn now(&self) -> u64 {
-        u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX)
+        nanos(self.start.elapsed())
     }
 
     pub(super) fn is_running(&self) -> bool {

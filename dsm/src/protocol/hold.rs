@@ -6,6 +6,7 @@
 //! asked for long after it came falls back. The longest hold is several transfers, because one instruction may need
 //! several pages (code, data, page tables) and they come one after the other: the first must stay until the last has come.
 
+use crate::clock::nanos;
 use std::time::Duration;
 
 /// Number of steps between the shortest and the longest hold.
@@ -42,10 +43,6 @@ pub struct Hold {
     max: u64,
     transfers: u64,
     transfer: u64,
-}
-
-fn nanos(d: Duration) -> u64 {
-    u64::try_from(d.as_nanos()).unwrap_or(u64::MAX)
 }
 
 impl Hold {

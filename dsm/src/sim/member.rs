@@ -6,6 +6,7 @@ use super::sched::Event;
 use super::workload::Thread;
 use super::world::World;
 use crate::addr::{Epoch, MemberId};
+use crate::clock::nanos;
 use crate::layout::{Layout, Page};
 use crate::node::Cause;
 use crate::node::engine::Engine;
@@ -154,7 +155,7 @@ impl Place<'_> {
     fn check_hold(&self, core: &Core<PageBuf>) {
         let Handling { at: now, .. } = self.member.handling.get();
         // Ages are known to a microsecond.
-        let least = u64::try_from(self.world.plan.hold.min.as_nanos()).unwrap_or(0).saturating_sub(2048);
+        let least = nanos(self.world.plan.hold.min).saturating_sub(2048);
         for page in self.member.lost.borrow_mut().drain(..) {
             let came = self.member.came.borrow().get(page.0 as usize).copied().flatten();
             let Some(came) = came else { continue };

@@ -14,6 +14,7 @@
 //! that were that fast the last times: how long they took is measured with everything that comes. When requests end, one look is in
 //! vain, of at most twice the time that they took to come, less than it cost to answer a few of them.
 
+use crate::clock::nanos;
 use std::io::{self, Read};
 use std::net::TcpStream;
 use std::sync::OnceLock;
@@ -34,10 +35,6 @@ const WEIGHT: u64 = 8;
 /// nobody wanted anything, says little about the next time.
 fn learn(average: u64, took: u64) -> u64 {
     average - average / WEIGHT + took.min(2 * QUICK) / WEIGHT
-}
-
-fn nanos(time: Duration) -> u64 {
-    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// The signal that makes a receive thread look. The first two real-time signals are left to who uses this crate.
@@ -141,7 +138,7 @@ impl Drop for Listener<'_> {
 impl Listener<'_> {
     /// The peer's requests that came so far have been answered.
     pub fn expect_more(&mut self) {
-        self.more = Some(Instant::now());
+        self.more = self.may_look.then(Instant::now);
     }
 
     /// For how long to look before sleeping, if it is worth it.
