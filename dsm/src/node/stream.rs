@@ -10,7 +10,7 @@ use crate::layout::Page;
 const RUNS: usize = 16;
 /// First and longest window, in pages.
 const FIRST: u32 = 4;
-const LONGEST: u32 = 256;
+const LONGEST: u32 = 512;
 /// From so many faults in a row on, a run is steady: it takes pages from those who have them, too.
 const STEADY: u32 = 6;
 
