@@ -63,6 +63,10 @@ pub struct LaunchArgs {
     /// userfaultfds, each with its thread, of each member.
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub shards: Option<i64>,
+    /// Whether members look for what a quick peer says next, for up to 100 us at a time, instead of sleeping until it comes: pages
+    /// come sooner, and processors that others could use are busy [default: on].
+    #[arg(long, value_name = "on|off", value_parser = clap::builder::BoolishValueParser::new())]
+    pub busy_poll: Option<bool>,
     /// When a connection between members breaks, try so many seconds to make it again before the VM is given up; 0 for not at
     /// all [default: 30].
     #[arg(long, value_name = "SECONDS", allow_negative_numbers = true)]
@@ -142,6 +146,7 @@ impl LaunchArgs {
             console: device("console", &self.console)?,
             hold_us: self.hold_us,
             shards: self.shards,
+            busy_poll: self.busy_poll,
             reconnect: self.reconnect,
             secret_file: self.start.secret_file.clone(),
             start_timeout: self.start.start_timeout,

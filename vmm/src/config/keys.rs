@@ -36,6 +36,8 @@ pub struct LaunchKeys {
     pub hold_us: Option<i64>,
     /// Number of userfaultfds per member.
     pub shards: Option<i64>,
+    /// Whether members look for what a quick peer says next instead of sleeping until it comes.
+    pub busy_poll: Option<bool>,
     /// For so many seconds a connection between members that broke may be made again; 0 for not at all.
     pub reconnect: Option<i64>,
     /// File with the shared secret.
@@ -152,6 +154,7 @@ impl LaunchKeys {
             console: self.console.or(below.console),
             hold_us: self.hold_us.or(below.hold_us),
             shards: self.shards.or(below.shards),
+            busy_poll: self.busy_poll.or(below.busy_poll),
             reconnect: self.reconnect.or(below.reconnect),
             secret_file: self.secret_file.or(below.secret_file),
             start_timeout: self.start_timeout.or(below.start_timeout),

@@ -60,6 +60,7 @@ pub fn resolve(keys: LaunchKeys) -> Result<VmSpec, ConfigError> {
             hold_us: number("hold_us", keys.hold_us, 0, 1_000_000)?,
             always: false,
             reconnect_s: number("reconnect", keys.reconnect, 0, 3600)?.unwrap_or(DEFAULT_RECONNECT),
+            busy_poll: keys.busy_poll,
             budget: None,
             shards: number("shards", keys.shards, 1, 64)?.and_then(|n| u16::try_from(n).ok()),
         },

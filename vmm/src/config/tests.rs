@@ -120,6 +120,7 @@ fn bad_input_is_refused_and_named() {
         ("console = 7", &["--console", "member=7"]),
         ("hold_us = -1", &["--hold-us", "-1"]),
         ("shards = 0", &["--shards", "0"]),
+        ("busy_poll = 'x'", &["vm.toml", "busy_poll", "boolean"]),
         ("reconnect = -1", &["--reconnect", "-1"]),
         ("reconnect = 0", &[]),
         ("[[members]]\nbudget = '64M'\n[[members]]", &["--member", "budget=64M", "256M", "272M"]),
@@ -207,8 +208,11 @@ fn defaults_and_shares() {
 #[test]
 fn flags_win_over_the_file() {
     let files = Files::new();
-    fs::write(files.path("vm.toml"), "kernel = 'kernel'\nname = 'x'\ncpus = 3\non = ['a', 'b']\nrng = false")
-        .unwrap();
+    fs::write(
+        files.path("vm.toml"),
+        "kernel = 'kernel'\nname = 'x'\ncpus = 3\non = ['a', 'b']\nrng = false\nbusy_poll = false",
+    )
+    .unwrap();
     let file = LaunchKeys::from_file(&files.path("vm.toml")).unwrap();
     let flags = LaunchKeys {
         cpus: Some(4),
@@ -218,6 +222,7 @@ fn flags_win_over_the_file() {
     };
     let spec = resolve(flags.over(file)).unwrap();
     assert_eq!((spec.name.as_str(), spec.cpus, spec.rng), ("x", 4, Some(0)));
+    assert_eq!(spec.pages.busy_poll, Some(false));
     assert_eq!(spec.members[0].host.as_ref().unwrap().to_string(), "c:7410");
     assert_eq!(spec.members.len(), 1);
     assert_eq!(spec.kernel, files.path("kernel"));

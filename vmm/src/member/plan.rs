@@ -15,6 +15,9 @@ pub struct PageTuning {
     pub hold_us: Option<u64>,
     /// Number of userfaultfds, each with its thread, that guest memory is spread over.
     pub shards: Option<u16>,
+    /// Whether its threads may look for what a quick peer says next instead of sleeping until it comes.
+    #[serde(default)]
+    pub busy_poll: Option<bool>,
     /// Run the page engine in a VM of one member, too: its checkpoints can then be incremental.
     #[serde(default)]
     pub always: bool,

@@ -68,6 +68,7 @@ impl GuestRam {
         cfg.deadline = deadline;
         cfg.reconnect = again;
         cfg.budget = plan.pages.budget;
+        cfg.busy_poll = plan.pages.busy_poll.unwrap_or(cfg.busy_poll);
         if let Some(us) = plan.pages.hold_us {
             cfg.hold.max = Duration::from_micros(us);
             cfg.hold.min = cfg.hold.min.min(cfg.hold.max);

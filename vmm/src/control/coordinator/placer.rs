@@ -15,6 +15,9 @@ pub(super) async fn drive(shared: Weak<Shared>) {
     loop {
         tokio::time::sleep(INTERVAL).await;
         let Some(shared) = shared.upgrade() else { return };
+        if shared.ops().placement().policy() == Policy::Static {
+            continue;
+        }
         match shared.info().status {
             VmStatus::Ending => return,
             VmStatus::Running if shared.ops().under_way().is_none() => look(&shared).await,
@@ -25,9 +28,6 @@ pub(super) async fn drive(shared: Weak<Shared>) {
 }
 
 async fn look(shared: &Arc<Shared>) {
-    if shared.ops().placement().policy() == Policy::Static {
-        return;
-    }
     let info = shared.fresh_info().await;
     let (round, policy, generation) = {
         let mut placement = shared.ops().placement();
