@@ -25,11 +25,13 @@ pub struct FanoutOptions {
     pub pages: u32,
     /// Runs; the figures are medians over them.
     pub runs: u32,
+    /// Each member on a processor of its own as far as there are enough ([`super::cpus`]).
+    pub is_pinned: bool,
 }
 
 impl Default for FanoutOptions {
     fn default() -> Self {
-        FanoutOptions { sharers: 7, pages: 1000, runs: 5 }
+        FanoutOptions { sharers: 7, pages: 1000, runs: 5, is_pinned: true }
     }
 }
 
@@ -63,6 +65,8 @@ pub struct FanoutReport {
     pub rounds: f64,
     /// p50 of `all` over the floor: the write-protect fault and the round trips to all.
     pub ratio: f64,
+    /// Whether the members were spread over the processors.
+    pub is_pinned: bool,
 }
 
 impl fmt::Display for FanoutReport {
@@ -105,8 +109,9 @@ pub fn run(
     let len = u64::from(opts.pages) * PAGE_SIZE;
     let runs_len = len.saturating_mul(u64::from(opts.runs));
     let memory = [HomeRange { start: 0, len: runs_len, home: MemberId(0) }];
-    // One sharer and who asks it may both look for each other's words; eight members on two processors can't.
-    let tuning = Tuning { busy_poll: false, ..Tuning::default() };
+    // One sharer and who asks it may both look for each other's words; eight members on two processors can't. And there the
+    // scheduler often wakes all sharers on one processor while the other has nothing to do: they are spread over both.
+    let tuning = Tuning { busy_poll: false, is_pinned: opts.is_pinned, ..Tuning::default() };
     let mut group = Group::start(opts.sharers + 1, true, &memory, tuning, launcher)?;
     let mut streams = bounces(&mut group)?;
     let mut runs = Vec::new();
@@ -164,7 +169,7 @@ fn measure(
 
 fn own_snapshot(group: &Group) -> Result<DsmSnapshot, BenchError> {
     let own = group.own.as_ref().ok_or(BenchError::Options("this process is no member"))?;
-    Ok(own.snapshot())
+    Ok(own.dsm.snapshot())
 }
 
 /// This process writes every page, `sharers` others read it, and this process writes it again: how long that takes.
@@ -194,5 +199,6 @@ fn report(opts: FanoutOptions, runs: &[Run]) -> FanoutReport {
         over_one: middle(&|r| r.costs[1].p50_us / r.costs[0].p50_us),
         rounds: middle(&|r| r.rounds),
         ratio: middle(&|r| r.costs[1].p50_us / (r.floor.wp_us + r.floor.rtt_all_us)),
+        is_pinned: opts.is_pinned,
     }
 }

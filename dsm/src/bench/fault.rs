@@ -201,7 +201,7 @@ pub fn run(
 /// Times one access to the first word of every page, here and there: neighbours would come along.
 pub(super) fn touch(group: &Group, first: u64, bytes: u64, write: bool) -> Samples {
     let Some(own) = &group.own else { return Vec::new() };
-    let memory = own.memory();
+    let memory = own.dsm.memory();
     let mut samples = Vec::new();
     for page in super::scattered(bytes / PAGE_SIZE) {
         let gpa = first + page * PAGE_SIZE;

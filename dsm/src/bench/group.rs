@@ -1,10 +1,9 @@
 //! Starts member processes and gives them orders.
 
-use super::peer::{Answer, Membership, Order, Tuning, join};
+use super::peer::{Answer, Membership, Order, Own, Tuning, join};
 use super::work::{Outcome, Work};
 use super::{BenchError, io_step};
 use crate::addr::{HomeRange, MemberId};
-use crate::node::Dsm;
 use crate::stats::DsmSnapshot;
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -139,7 +138,7 @@ impl Drop for Peer {
 #[derive(Debug)]
 pub struct Group {
     /// Member 0, if it is this process.
-    pub own: Option<Dsm>,
+    pub own: Option<Own>,
     /// The others, ascending.
     pub peers: Vec<Peer>,
 }

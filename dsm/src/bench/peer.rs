@@ -1,5 +1,6 @@
 //! A member process that takes orders over one connection, a line of JSON each.
 
+use super::cpus::{self, Pinned};
 use super::work::{Outcome, Work};
 use super::{BenchError, io_step};
 use crate::addr::{Epoch, HomeRange, MemberId, PAGE_SIZE};
@@ -113,12 +114,20 @@ pub enum Answer {
     Error(String),
 }
 
+/// This process's member, and the processor that it stays on.
+#[derive(Debug)]
+pub struct Own {
+    /// The member.
+    pub dsm: Dsm,
+    /// Goes after it.
+    _pinned: Option<Pinned>,
+}
+
 /// Connects the members of a group and starts this one.
-pub fn join(listener: TcpListener, membership: &Membership) -> Result<Dsm, BenchError> {
+pub fn join(listener: TcpListener, membership: &Membership) -> Result<Own, BenchError> {
     let Membership { me, addrs, memory, tuning } = membership;
-    if tuning.is_pinned {
-        super::cpus::pin(*me).map_err(io_step("can't choose a processor"))?;
-    }
+    let pinned = tuning.is_pinned.then(|| cpus::pin(*me)).transpose();
+    let _pinned = pinned.map_err(io_step("can't choose a processor"))?;
     let all = || (0u16..).map(MemberId).zip(addrs.iter().copied());
     let mesh = MeshConfig {
         me: *me,
@@ -150,7 +159,7 @@ pub fn join(listener: TcpListener, membership: &Membership) -> Result<Dsm, Bench
     cfg.busy_poll = tuning.busy_poll;
     cfg.deadline = Duration::from_millis(tuning.deadline_ms);
     cfg.budget = (tuning.budget_pages > 0).then(|| tuning.budget_pages.saturating_mul(PAGE_SIZE));
-    Ok(Dsm::start(cfg, links.collect())?)
+    Ok(Own { dsm: Dsm::start(cfg, links.collect())?, _pinned })
 }
 
 /// Runs a member process until it is told to quit or its commander is gone. `control` is where the commander listens.
@@ -190,7 +199,7 @@ fn peak() -> Result<u64, String> {
 #[derive(Default)]
 struct State {
     listener: Option<TcpListener>,
-    dsm: Option<Dsm>,
+    own: Option<Own>,
 }
 
 impl State {
@@ -204,7 +213,7 @@ impl State {
             }
             Order::Join(membership) => {
                 let listener = self.listener.take().ok_or("join before listen")?;
-                self.dsm = Some(join(listener, &membership).map_err(|e| e.to_string())?);
+                self.own = Some(join(listener, &membership).map_err(|e| e.to_string())?);
                 Ok(Answer::Done)
             }
             Order::Echo(addr) => {
@@ -223,17 +232,17 @@ impl State {
                 Ok(Answer::Done)
             }
             Order::Work(work) => {
-                let dsm = self.dsm.as_ref().ok_or("work before join")?;
-                super::work::run(dsm.memory(), &work).map(Answer::Outcome)
+                let own = self.own.as_ref().ok_or("work before join")?;
+                super::work::run(own.dsm.memory(), &work).map(Answer::Outcome)
             }
             Order::Snapshot => {
-                let dsm = self.dsm.as_ref().ok_or("snapshot before join")?;
-                Ok(Answer::Snapshot(Box::new(dsm.snapshot())))
+                let own = self.own.as_ref().ok_or("snapshot before join")?;
+                Ok(Answer::Snapshot(Box::new(own.dsm.snapshot())))
             }
             Order::Peak => Ok(Answer::Outcome(Outcome::Number(peak()?))),
             Order::Failure => {
-                let dsm = self.dsm.as_ref().ok_or("failure before join")?;
-                Ok(Answer::Failure(dsm.failure().map(|f| (f.peer, f.to_string()))))
+                let own = self.own.as_ref().ok_or("failure before join")?;
+                Ok(Answer::Failure(own.dsm.failure().map(|f| (f.peer, f.to_string()))))
             }
             Order::Quit => Ok(Answer::Done),
         }

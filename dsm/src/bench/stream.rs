@@ -1,6 +1,7 @@
 //! Reading much that another member has: page after page, and here and there for contrast.
 
 use super::fault::median;
+use super::floor::warm_up;
 use super::group::{Group, Launcher};
 use super::peer::{Order, Tuning};
 use super::work::Work;
@@ -30,11 +31,13 @@ pub struct StreamOptions {
     pub random: u32,
     /// Runs; the figures are medians over them.
     pub runs: u32,
+    /// Each member on a processor of its own ([`super::cpus`]).
+    pub is_pinned: bool,
 }
 
 impl Default for StreamOptions {
     fn default() -> Self {
-        StreamOptions { mib: 256, random: 4000, runs: 3 }
+        StreamOptions { mib: 256, random: 4000, runs: 5, is_pinned: true }
     }
 }
 
@@ -65,6 +68,8 @@ pub struct StreamReport {
     pub random_us: f64,
     /// Our speed over that of the floor: 1 would be the straight line.
     pub ratio: f64,
+    /// Whether each member had a processor of its own.
+    pub is_pinned: bool,
 }
 
 impl fmt::Display for StreamReport {
@@ -116,16 +121,18 @@ pub fn run(
         random_mib_per_s: 1e6 / random_us / float(MIB / PAGE_SIZE),
         random_us,
         ratio: middle(|r| r.sequential / r.floor),
+        is_pinned: opts.is_pinned,
     })
 }
 
-/// The floor alone, in MiB per second, over so many.
+/// The floor alone, in MiB per second, over so many; `is_pinned` as in [`StreamOptions`].
 ///
 /// # Errors
 /// It could not be measured.
-pub fn floor(mib: u32, launcher: Launcher<'_>) -> Result<f64, BenchError> {
+pub fn floor(mib: u32, is_pinned: bool, launcher: Launcher<'_>) -> Result<f64, BenchError> {
     let memory = [HomeRange { start: 0, len: MIB, home: MemberId(1) }];
-    let mut group = Group::start(2, true, &memory, Tuning::default(), launcher)?;
+    let tuning = Tuning { is_pinned, ..Tuning::default() };
+    let mut group = Group::start(2, true, &memory, tuning, launcher)?;
     straight_line(&mut group, u64::from(mib.max(1)) * MIB)
 }
 
@@ -133,17 +140,19 @@ fn measure(opts: StreamOptions, launcher: Launcher<'_>) -> Result<Run, BenchErro
     let len = u64::from(opts.mib) * MIB;
     let random_len = (len / 4).max(PAGE_SIZE);
     let memory = [HomeRange { start: 0, len: len + random_len, home: MemberId(1) }];
-    let mut group = Group::start(2, true, &memory, Tuning::default(), launcher)?;
-    let floor = straight_line(&mut group, len)?;
+    let tuning = Tuning { is_pinned: opts.is_pinned, ..Tuning::default() };
+    let mut group = Group::start(2, true, &memory, tuning, launcher)?;
+    let before = straight_line(&mut group, len)?;
     let fill = Work::Fill { gpa: 0, pages: (len + random_len) / PAGE_SIZE, value: 5 };
     group.all(|_| fill.clone(), PATIENCE)?;
 
-    let own = group.own.as_ref().ok_or(BenchError::Options("this process is no member"))?;
-    let before = own.snapshot().faults.remote();
+    let own = &group.own.as_ref().ok_or(BenchError::Options("this process is no member"))?.dsm;
+    warm_up(len);
+    let faults = own.snapshot().faults.remote();
     let start = Instant::now();
     read(own, (0..len / PAGE_SIZE).map(|page| page * PAGE_SIZE))?;
     let took = start.elapsed().as_secs_f64();
-    let faults = own.snapshot().faults.remote() - before;
+    let faults = own.snapshot().faults.remote() - faults;
 
     let pages = random_len / PAGE_SIZE;
     let count = u64::from(opts.random).min(pages);
@@ -151,8 +160,10 @@ fn measure(opts: StreamOptions, launcher: Launcher<'_>) -> Result<Run, BenchErro
     let some = super::scattered(pages).take(usize::try_from(count).unwrap_or(0));
     read(own, some.map(|page| len + page * PAGE_SIZE))?;
     let random = start.elapsed().as_secs_f64();
+    // The floor again, so that a disturbance at one moment does not make it look high or low.
+    let after = straight_line(&mut group, len)?;
     Ok(Run {
-        floor,
+        floor: f64::midpoint(before, after),
         sequential: f64::from(opts.mib) / took,
         faults: float(faults) * 1000.0 / float(len / PAGE_SIZE),
         random_us: random * 1e6 / float(count),
@@ -180,6 +191,7 @@ fn straight_line(group: &mut Group, len: u64) -> Result<f64, BenchError> {
     let peer = group.peers.first_mut().ok_or(BenchError::Options("there is no peer"))?;
     peer.ask(&Order::Pour(addr, len), PATIENCE)?;
     let (mut stream, _) = listener.accept().map_err(io_step("the peer did not connect"))?;
+    warm_up(len);
     let start = Instant::now();
     receive(&mut stream, &region, layout.pages())?;
     let took = start.elapsed().as_secs_f64();

@@ -10,7 +10,7 @@
 use super::kernel::{self, Touch};
 use super::vm::{BenchError, Folder, Vm, median, spanvm};
 use crate::control::ops::drain::DrainReport;
-use crate::control::view::VmInfo;
+use dsm::bench::floor::warm_up;
 use dsm::bench::group::Launcher;
 use dsm::bench::stream;
 use serde::Serialize;
@@ -36,6 +36,8 @@ pub struct DrainOptions {
     pub mib: u32,
     /// Runs; the figures are medians over them.
     pub runs: u32,
+    /// Each member of the VM that rests on a processor of its own ([`dsm::bench::cpus`]).
+    pub is_pinned: bool,
 }
 
 /// What the guest gets done.
@@ -79,6 +81,8 @@ pub struct DrainBench {
     pub floor: Floor,
     /// Speed over that of the floor.
     pub ratio: f64,
+    /// Whether each member had a processor of its own.
+    pub is_pinned: bool,
 }
 
 impl std::fmt::Display for DrainBench {
@@ -110,7 +114,7 @@ pub fn run(
     let folder = Folder::new(&std::env::temp_dir())?;
     let mut runs = Vec::new();
     for n in 0..options.runs {
-        runs.push(measure(&folder, n, options.mib, launcher)?);
+        runs.push(measure(&folder, n, options, launcher)?);
         progress(n + 1, options.runs);
     }
     let middle = |value: fn(&Run) -> f64| median(runs.iter().map(value));
@@ -129,6 +133,7 @@ pub fn run(
         },
         floor: Floor { pages_per_s: middle(|run| run.floor) },
         ratio: middle(|run| speed(&run.resting) / run.floor.max(f64::MIN_POSITIVE)),
+        is_pinned: options.is_pinned,
     })
 }
 
@@ -151,13 +156,22 @@ fn speed(report: &DrainReport) -> f64 {
     pages(report) * 1e3 / report.evict_ms.max(f64::MIN_POSITIVE)
 }
 
-fn measure(folder: &Folder, n: u32, mib: u32, launcher: Launcher<'_>) -> Result<Run, BenchError> {
+fn measure(
+    folder: &Folder,
+    n: u32,
+    options: DrainOptions,
+    launcher: Launcher<'_>,
+) -> Result<Run, BenchError> {
+    let floor = || stream::floor(options.mib, options.is_pinned, launcher);
     let drain = |vm: &Vm| vm.command(&["member", "drain", &vm.name, "1", "--json"], &[]);
-    let vm = start(folder, &format!("{n}r"), mib, Then::Rest)?;
-    let floor = stream::floor(mib, launcher)? * PAGES;
+    let vm = start(folder, &format!("{n}r"), options, Then::Rest)?;
+    // Before and after, so that a disturbance at one moment does not make it look high or low.
+    let before = floor()?;
+    warm_up(u64::from(options.mib) << 20);
     let resting = drain(&vm)?;
+    let floor = f64::midpoint(before, floor()?) * PAGES;
     drop(vm);
-    let vm = start(folder, &format!("{n}c"), mib, Then::Count)?;
+    let vm = start(folder, &format!("{n}c"), options, Then::Count)?;
     let before = Tally::now(&vm)?;
     std::thread::sleep(QUIET);
     let before = before.rate(&vm)?;
@@ -168,8 +182,13 @@ fn measure(folder: &Folder, n: u32, mib: u32, launcher: Launcher<'_>) -> Result<
 }
 
 /// A VM whose guest has filled its memory on member 1, and goes on on member 0.
-fn start(folder: &Folder, what: &str, mib: u32, then: Then) -> Result<Vm, BenchError> {
+fn start(folder: &Folder, what: &str, options: DrainOptions, then: Then) -> Result<Vm, BenchError> {
+    let mib = options.mib;
     let vm = Vm::start(&folder.0, what, &guest(mib, then), mib + BESIDES)?;
+    // A guest that counts needs a processor as well, and member 0 has only one then.
+    if options.is_pinned && then == Then::Rest {
+        vm.pin()?;
+    }
     // It waits for a byte before it fills its memory, and does that where it is then.
     spanvm(&["vcpu", "migrate", &vm.name, "0", "--to", "1"])?;
     spanvm(&["console", &vm.name, "--send", "x"])?;
@@ -188,7 +207,7 @@ struct Tally {
 
 impl Tally {
     fn now(vm: &Vm) -> Result<Tally, BenchError> {
-        let info: VmInfo = vm.command(&["info", &vm.name, "--json"], &[])?;
+        let info = vm.info()?;
         let vcpus =
             info.members.iter().filter(|member| member.id == 0).flat_map(|member| &member.stats.vcpus);
         let accesses: u64 = vcpus.filter(|vcpu| vcpu.vcpu == 0).map(|vcpu| vcpu.pio).sum();

@@ -1,5 +1,8 @@
 //! VMs that a benchmark makes with this program's own commands, each with processes of its own.
 
+use crate::control::view::VmInfo;
+use dsm::addr::MemberId;
+use dsm::bench::cpus;
 use serde::de::DeserializeOwned;
 use std::fs;
 use std::io;
@@ -95,6 +98,19 @@ impl Vm {
             std::thread::sleep(Duration::from_millis(100));
         }
         Ok(())
+    }
+
+    /// How it stands.
+    pub fn info(&self) -> Result<VmInfo, BenchError> {
+        self.command(&["info", &self.name, "--json"], &[])
+    }
+
+    /// Puts each member on a processor of its own.
+    pub fn pin(&self) -> Result<(), BenchError> {
+        self.info()?.members.iter().try_for_each(|member| {
+            cpus::pin_process(member.pid, MemberId(member.id))
+                .map_err(io("can't choose a member's processor"))
+        })
     }
 
     /// A command that prints JSON.

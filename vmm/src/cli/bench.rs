@@ -105,6 +105,9 @@ pub struct FanoutArgs {
     #[arg(long, value_name = "N", default_value_t = FanoutOptions::default().runs,
           value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub runs: u32,
+    /// Let the scheduler choose processors, instead of spreading the members over them.
+    #[arg(long)]
+    pub no_pin: bool,
 }
 
 /// Flags of `bench stream`.
@@ -121,6 +124,9 @@ pub struct StreamArgs {
     #[arg(long, value_name = "N", default_value_t = StreamOptions::default().runs,
           value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub runs: u32,
+    /// Let the scheduler choose processors, instead of one for each member.
+    #[arg(long)]
+    pub no_pin: bool,
 }
 
 /// Flags of `bench contend`.
@@ -183,8 +189,11 @@ pub struct DrainArgs {
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(4..=2048))]
     pub mib: u32,
     /// Runs; the figures are medians over them.
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub runs: u32,
+    /// Let the scheduler choose processors, instead of one for each member.
+    #[arg(long)]
+    pub no_pin: bool,
 }
 
 /// Flags of `bench peer`.
@@ -217,11 +226,17 @@ pub fn run(args: &BenchArgs) -> Result<u8, End> {
             print(&many::run(options, progress("many")).map_err(failed)?, args.json)?;
         }
         Bench::Fanout(args) => {
-            let options = FanoutOptions { sharers: args.sharers, pages: args.pages, runs: args.runs };
+            let FanoutArgs { sharers, pages, runs, no_pin, .. } = *args;
+            let options = FanoutOptions { sharers, pages, runs, is_pinned: !no_pin };
             print(&fanout::run(options, &launcher, progress("fanout")).map_err(failed)?, args.json)?;
         }
         Bench::Stream(args) => {
-            let options = StreamOptions { mib: args.mib, runs: args.runs, ..StreamOptions::default() };
+            let options = StreamOptions {
+                mib: args.mib,
+                runs: args.runs,
+                is_pinned: !args.no_pin,
+                ..StreamOptions::default()
+            };
             print(&stream::run(options, &launcher, progress("stream")).map_err(failed)?, args.json)?;
         }
         Bench::Contend(args) => {
@@ -251,7 +266,7 @@ pub fn run(args: &BenchArgs) -> Result<u8, End> {
             print(&report, args.json)?;
         }
         Bench::Drain(args) => {
-            let options = DrainOptions { mib: args.mib, runs: args.runs };
+            let options = DrainOptions { mib: args.mib, runs: args.runs, is_pinned: !args.no_pin };
             let report =
                 drain::run(options, &launcher, progress("drain")).map_err(|e| End::Failed(chain(&e)))?;
             print(&report, args.json)?;
