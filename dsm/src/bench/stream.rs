@@ -188,10 +188,10 @@ fn straight_line(group: &mut Group, len: u64) -> Result<f64, BenchError> {
     let layout = Layout::new(&[HomeRange { start: 0, len, home: MemberId(0) }])
         .map_err(|_| BenchError::Options("such a memory can't be"))?;
     let region = Region::new(&layout, 1)?;
+    warm_up(len);
     let peer = group.peers.first_mut().ok_or(BenchError::Options("there is no peer"))?;
     peer.ask(&Order::Pour(addr, len), PATIENCE)?;
     let (mut stream, _) = listener.accept().map_err(io_step("the peer did not connect"))?;
-    warm_up(len);
     let start = Instant::now();
     receive(&mut stream, &region, layout.pages())?;
     let took = start.elapsed().as_secs_f64();
