@@ -137,9 +137,12 @@ impl Layout {
     /// Whether `count` pages from `page` on exist and lie behind each other, whatever their homes.
     pub fn is_run(&self, page: Page, count: u32) -> bool {
         let last = page.0.checked_add(count).and_then(|behind| behind.checked_sub(1)).map(Page);
-        last.filter(|last| last.0 < self.pages).is_some_and(|last| {
-            self.gpa_of(last) == self.gpa_of(page) + u64::from(count.saturating_sub(1)) * PAGE_SIZE
-        })
+        let (Some(last), Some(span)) = (last.filter(|last| last.0 < self.pages), self.span_of(page)) else {
+            return false;
+        };
+        let distance = u64::from(count.saturating_sub(1)) * PAGE_SIZE;
+        let is_within = (page.0..span.first + span.pages).contains(&last.0);
+        is_within || self.gpa_of(last) == self.gpa_of(page) + distance
     }
 
     fn span_of(&self, page: Page) -> Option<&Span> {

@@ -11,7 +11,7 @@ use std::thread::{self, Builder};
 use std::time::{Duration, Instant};
 
 /// Requests for pages to go that may be under way. What has been sent and not been taken is still in a processor's cache then.
-const WINDOW: u64 = 384;
+const WINDOW: u64 = 256;
 /// Between two looks at them.
 const LOOK: Duration = Duration::from_micros(200);
 /// A request that is not answered within so many looks was not heeded.

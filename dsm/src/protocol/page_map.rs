@@ -1,20 +1,30 @@
 //! A map from pages to what is under way about them: few entries that come and go with every fault. Sorted in one
 //! allocation that stays: the nodes of a tree would be allocated and freed for each.
+//!
+//! Runs of pages come in ascending order and go in it, so both ends are looked at first, and cost nothing to change.
 
 use crate::layout::Page;
+use std::collections::VecDeque;
 
 /// A map with pages as keys, ascending.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) struct PageMap<T>(Vec<(Page, T)>);
+pub(super) struct PageMap<T>(VecDeque<(Page, T)>);
 
 impl<T> Default for PageMap<T> {
     fn default() -> PageMap<T> {
-        PageMap(Vec::new())
+        PageMap(VecDeque::new())
     }
 }
 
 impl<T> PageMap<T> {
     fn find(&self, page: Page) -> Result<usize, usize> {
+        let (Some((first, _)), Some((last, _))) = (self.0.front(), self.0.back()) else { return Err(0) };
+        if page <= *first {
+            return if page == *first { Ok(0) } else { Err(0) };
+        }
+        if page >= *last {
+            return if page == *last { Ok(self.0.len() - 1) } else { Err(self.0.len()) };
+        }
         self.0.binary_search_by_key(&page, |(key, _)| *key)
     }
 
@@ -48,7 +58,7 @@ impl<T> PageMap<T> {
 
     /// Takes it out.
     pub(super) fn remove(&mut self, page: Page) -> Option<T> {
-        self.find(page).ok().map(|at| self.0.remove(at).1)
+        self.find(page).ok().and_then(|at| self.0.remove(at)).map(|(_, value)| value)
     }
 
     /// The pages, ascending.

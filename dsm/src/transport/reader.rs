@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use thiserror::Error;
 use zerocopy::FromBytes;
 
-/// Bytes of one read; more wait in the socket. The first long frame makes room for one of its length.
+/// Bytes of one read; more wait in the socket. The first frame that is longer makes room for one of its length behind them.
 const CAPACITY: usize = 16 * (HEADER_LEN + PAGE_LEN);
 
 /// No further frame comes out of a stream.
@@ -29,6 +29,7 @@ pub enum ReadError {
 #[derive(Debug)]
 pub struct FrameReader<R> {
     stream: R,
+    capacity: usize,
     buf: Vec<u8>,
     start: usize,
     end: usize,
@@ -42,7 +43,8 @@ impl<R: Read> FrameReader<R> {
 
     /// Reads frames from a stream, at most `capacity` bytes at a time; there is room for one frame at least.
     pub fn with_capacity(stream: R, capacity: usize) -> FrameReader<R> {
-        FrameReader { stream, buf: vec![0; capacity.max(HEADER_LEN + PAGE_LEN)], start: 0, end: 0 }
+        let capacity = capacity.max(HEADER_LEN + PAGE_LEN);
+        FrameReader { stream, capacity, buf: vec![0; capacity], start: 0, end: 0 }
     }
 
     /// What the frames are read from.
@@ -54,15 +56,19 @@ impl<R: Read> FrameReader<R> {
     /// with nothing in the buffer.
     fn fill(&mut self, need: usize, on_read: &mut impl FnMut(usize)) -> Result<bool, ReadError> {
         if self.buf.len() < need {
-            self.buf.resize(need, 0);
+            self.buf.resize(self.capacity + need, 0);
         }
         while self.end - self.start < need {
-            if self.buf.len() - self.start < need {
+            let have = self.end - self.start;
+            if have < HEADER_LEN || self.buf.len() - self.start < need {
                 self.buf.copy_within(self.start..self.end, 0);
-                self.end -= self.start;
+                self.end = have;
                 self.start = 0;
             }
-            let room = self.buf.get_mut(self.end..).unwrap_or(&mut []);
+            // No more than its end of a long frame: the beginning of the next one would have to be moved to the front.
+            let most = if need > self.capacity { need - have } else { self.capacity };
+            let end = self.buf.len().min(self.end + most);
+            let room = self.buf.get_mut(self.end..end).unwrap_or(&mut []);
             match self.stream.read(room) {
                 Ok(0) if self.start == self.end => return Ok(false),
                 Ok(0) => return Err(ReadError::Truncated),
@@ -88,9 +94,6 @@ impl<R: Read> FrameReader<R> {
 
     /// Waits for the next frame and hands out its header and payload. `on_read` is told of every read's bytes.
     pub fn next(&mut self, mut on_read: impl FnMut(usize)) -> Result<(Header, &[u8]), ReadError> {
-        if self.start == self.end {
-            (self.start, self.end) = (0, 0);
-        }
         if !self.fill(HEADER_LEN, &mut on_read)? {
             return Err(ReadError::Closed);
         }
@@ -146,6 +149,30 @@ mod tests {
                 assert_eq!(reader.next(|_| ()).unwrap().1.len(), 0);
                 let (_, page) = reader.next(|_| ()).unwrap();
                 assert_eq!(page, [u8::try_from(n % 251).unwrap(); PAGE_LEN]);
+            }
+            assert!(matches!(reader.next(|_| ()), Err(ReadError::Closed)));
+        }
+    }
+
+    #[test]
+    fn long_frames_come_out_whole_between_short_ones() {
+        const RUN: u8 = 64;
+        let terms = Terms { token: Token(1), right: Right::Shared, acks: MemberSet::EMPTY, done: false };
+        let msg = Msg::Grant { terms, contents: Contents::Bytes(()) };
+        let ping = Header::ping(MemberId(0), Epoch(0));
+        let mut bytes = Vec::new();
+        for _ in 0..8 {
+            bytes.extend_from_slice(ping.as_bytes());
+            bytes.extend_from_slice(Header::run(MemberId(0), Epoch(0), 0, &msg, RUN.into()).as_bytes());
+            (0..RUN).for_each(|n| bytes.extend_from_slice(&[n; PAGE_LEN + 8]));
+        }
+        for step in [4144, 65_536, 70_001, 1 << 20, 1 << 30] {
+            let mut reader = FrameReader::new(Drip(&bytes, step));
+            for _ in 0..8 {
+                assert_eq!(reader.next(|_| ()).unwrap().1.len(), 0);
+                let (_, pages) = reader.next(|_| ()).unwrap();
+                assert_eq!(pages.len(), usize::from(RUN) * (PAGE_LEN + 8));
+                assert!((0..RUN).zip(pages.chunks(PAGE_LEN + 8)).all(|(n, page)| page.iter().all(|b| *b == n)));
             }
             assert!(matches!(reader.next(|_| ()), Err(ReadError::Closed)));
         }

@@ -29,6 +29,9 @@ pub(super) fn in_turns<E>(
         return commands.drain(..).try_for_each(f);
     }
     let most = ends.iter().fold((0, 0), |(most, start), end| (most.max(end - start), *end)).0;
+    if most == 1 {
+        return commands.drain(..).try_for_each(f);
+    }
     for turn in 0..most {
         let mut start = 0;
         for end in ends {
@@ -190,9 +193,10 @@ impl Shard {
         }
         after.has_come = true;
         let is_wake_forgotten = is_on(SeededFault::ForgottenWake) && replaced != kernel.replaced();
+        let now = env.now();
         for command in commands {
             if let Command::Install { page, served, .. } = command {
-                self.stats.served(*page, served, env.now());
+                self.stats.served(*page, served, now);
                 if !served.ahead && !is_wake_forgotten {
                     after.wake_later(*page, 1);
                 }
