@@ -172,7 +172,9 @@ mod tests {
                 assert_eq!(reader.next(|_| ()).unwrap().1.len(), 0);
                 let (_, pages) = reader.next(|_| ()).unwrap();
                 assert_eq!(pages.len(), usize::from(RUN) * (PAGE_LEN + 8));
-                assert!((0..RUN).zip(pages.chunks(PAGE_LEN + 8)).all(|(n, page)| page.iter().all(|b| *b == n)));
+                assert!(
+                    (0..RUN).zip(pages.chunks(PAGE_LEN + 8)).all(|(n, page)| page.iter().all(|b| *b == n))
+                );
             }
             assert!(matches!(reader.next(|_| ()), Err(ReadError::Closed)));
         }
