@@ -23,6 +23,7 @@ Virtual hosts with /dev/kvm, for running spanvm over several machines on one.
   scripts/lab soak --boots 10                boot the Linux guest over them ten times, and judge its console
   scripts/lab soak --moves 100               move its vCPUs between hosts while it works, then check it
   scripts/lab soak --drain -n 3              let a host leave and come back while it works, and check it in between
+  scripts/lab soak --checkpoint -n 3         save it while it works, kill everything, and let it go on over other numbers of hosts
   scripts/lab bench boot --json              its boot over two hosts against one, and where remote faults come from
 
 The hosts run Debian's stock kernel and busybox. In each of them
@@ -73,8 +74,13 @@ def _parser():
     soak.add_argument("--boots", type=int, default=10, metavar="N", help="how often (default 10)")
     soak.add_argument("--moves", type=int, metavar="N", help="instead: boot once, move vCPUs so often while the guest works, then check it")
     soak.add_argument("--drain", action="store_true", help="instead: boot once, let a host leave and come back while the guest works, and check it")
-    soak.add_argument("--seed", type=int, default=1, metavar="S", help="of --moves: which vCPU moves when (default 1)")
-    soak.add_argument("--budget", type=int, default=15, metavar="S", help="of --moves and --drain: seconds for each check of ssicheck (default 15)")
+    soak.add_argument("--checkpoint", action="store_true",
+                      help="instead: boot once over all hosts but one, save it while it works, kill everything, go on over all hosts, the same "
+                           "again, go on over one, and check it")
+    soak.add_argument("--seed", type=int, default=1, metavar="S",
+                      help="of --moves: which vCPU moves when; of --checkpoint: when it is saved and killed (default 1)")
+    soak.add_argument("--budget", type=int, default=15, metavar="S",
+                      help="of --moves, --drain and --checkpoint: seconds for each check of ssicheck (default 15)")
     soak.add_argument("--guest-run", default="poweroff", metavar="CMD", help="what the guest runs, such as 'ssicheck' (default: nothing)")
     soak.add_argument("--fresh-hosts", action="store_true", help="new virtual hosts for every boot")
     bench = commands.add_parser("bench", parents=[machine, name, guest], help="measure the Linux guest over the hosts")
@@ -162,6 +168,9 @@ def _measure(options):
         if options.drain:
             plan.timeout = options.guest_timeout or 5400
             return measure.soak_drain(lambda: _new(options), plan, options.budget)
+        if options.checkpoint:
+            plan.timeout = options.guest_timeout or 5400
+            return measure.soak_checkpoint(lambda: _new(options), plan, options.seed, options.budget)
         plan.run = options.guest_run
         return measure.soak(lambda: _new(options), options.boots, plan, options.fresh_hosts)
     if options.n < 2 or options.runs < 1:

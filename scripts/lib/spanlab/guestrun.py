@@ -246,17 +246,28 @@ def start_nodes(lab):
 
 def boot(where, plan, show=None):
     """Boots the guest, waits for its end, and returns the outcome; the caller judges it (`Outcome.check`)."""
-    outcome = Outcome()
-    start = time.monotonic()
     options = ["--name", VM, "--kernel", f"{where.images}/{'kernel' if where.mode == 'lab' else 'vmlinuz'}",
                "--initrd", f"{where.images}/{'initramfs' if where.mode == 'lab' else 'initramfs.cpio'}",
                "--cmdline", plan.cmdline(where), "--cpus", str(plan.cpus), "--memory", f"{plan.memory_mib}M",
                *where.prepare(plan), *plan.options]
+    return attend(where, ["launch", *options], plan, show)
+
+
+def attend(where, argv, plan, show=None, outcome=None):
+    """Runs a guest with `spanvm ARGV` in the foreground until its end; returns the outcome.
+
+    `outcome` is that of the guest so far, when it goes on from a checkpoint: what comes is added to it.
+    """
     start = time.monotonic()
+    if outcome is None:
+        outcome = Outcome()
+    elif not outcome.text.endswith("\n"):
+        # It was cut off in the middle of a line.
+        outcome.text += "\n"
     lock = threading.Lock()
     ended = threading.Event()
     finished = threading.Event()
-    shown = [0]
+    shown = [len(console.clean(outcome.text).split("\n")) - 1]
 
     def on_output(number, data):
         with lock:
@@ -298,7 +309,7 @@ def boot(where, plan, show=None):
     looker = threading.Thread(target=look, daemon=True)
     looker.start()
     try:
-        result = where.sh(f"exec {shlex.join([where.command, 'launch', *options])}", plan.timeout, on_output)
+        result = where.sh(f"exec {shlex.join([where.command, *argv])}", plan.timeout, on_output)
         outcome.code, outcome.reason = result.code, result.reason
     finally:
         finished.set()

@@ -4,7 +4,7 @@ import json
 import statistics
 import time
 
-from . import causes, console, guestrun, images, soakdrain, soakmoves
+from . import causes, console, guestrun, images, soakcheckpoint, soakdrain, soakmoves
 from . import kernel as debian
 from . import lab as labs
 from .common import TARGET, Failure, replace_file, say
@@ -60,6 +60,12 @@ def soak_drain(new_lab, plan, budget):
     """See `soakdrain`."""
     _ready()
     return soakdrain.soak_drain(new_lab, plan, budget)
+
+
+def soak_checkpoint(new_lab, plan, seed, budget):
+    """See `soakcheckpoint`."""
+    _ready()
+    return soakcheckpoint.soak_checkpoint(new_lab, plan, seed, budget)
 
 
 def _faults(outcome):

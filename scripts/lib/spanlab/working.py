@@ -22,15 +22,27 @@ class Guest:
         self.ended = threading.Event()
         self.outcome = None
         self.problem = None
+        self.runner = None
 
-    def run(self, plan):
-        """Boots it and waits for its end."""
-        try:
-            self.outcome = guestrun.boot(guestrun.Virtual(self.lab), plan, self._show)
-        except Failure as failure:
-            self.problem = failure
-        finally:
-            self.ended.set()
+    def boot(self, plan):
+        """Boots it."""
+        self._start(lambda: guestrun.boot(guestrun.Virtual(self.lab), plan, self._show))
+
+    def go_on(self, argv, plan):
+        """Lets a guest that has ended go on with `spanvm ARGV`."""
+        self._start(lambda: guestrun.attend(guestrun.Virtual(self.lab), argv, plan, self._show, self.outcome))
+
+    def _start(self, run):
+        def follow():
+            try:
+                self.outcome = run()
+            except Failure as failure:
+                self.problem = failure
+            finally:
+                self.ended.set()
+        self.ended.clear()
+        self.runner = threading.Thread(target=follow, daemon=True)
+        self.runner.start()
 
     def _show(self, line):
         self.lines.append(line)
@@ -73,8 +85,7 @@ def soak(new_lab, plan, log, work):
     """
     with labs.running(new_lab()) as lab:
         guest = Guest(lab)
-        runner = threading.Thread(target=guest.run, args=(plan,), daemon=True)
-        runner.start()
+        guest.boot(plan)
         failure = None
         try:
             guest.wait("LOAD-READY", READY_LIMIT)
@@ -82,7 +93,7 @@ def soak(new_lab, plan, log, work):
         except Failure as problem:
             failure = problem
             lab.run("h1", f"spanvm stop {guestrun.VM} --force", 60)
-        runner.join(plan.timeout)
+        guest.runner.join(plan.timeout)
     outcome = guest.outcome
     if outcome:
         replace_file(TARGET / log, (outcome.text + "\n--- spanvm\n" + outcome.errors).encode())
