@@ -189,7 +189,7 @@ pub struct DrainArgs {
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(4..=2048))]
     pub mib: u32,
     /// Runs; the figures are medians over them.
-    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    #[arg(long, value_name = "N", default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub runs: u32,
     /// Let the scheduler choose processors, instead of one for each member.
     #[arg(long)]
