@@ -154,7 +154,7 @@ class Virtual:
             raise Failure(f"{plan.members} members need as many hosts; the lab has {len(self.lab.hosts)}")
         hosts = self.lab.hosts[:plan.members]
         start_nodes(self.lab)
-        options = ["--on", ",".join(f"{host.ip}:{PORT}" for host in hosts), "--secret-file", "/run/secret"]
+        options = on(hosts)
         if plan.disk_mib:
             # On the last member, so that the first one's CPUs use a disk elsewhere.
             self.lab.run(hosts[-1], f"truncate -s {plan.disk_mib}M /tmp/disk.img", 30)
@@ -220,6 +220,11 @@ class Local:
                 image.truncate(plan.disk_mib << 20)
             options += ["--disk", f"{disk},member={plan.members - 1}"]
         return options
+
+
+def on(hosts):
+    """Options of spanvm for a VM on these virtual hosts."""
+    return ["--on", ",".join(f"{host.ip}:{PORT}" for host in hosts), "--secret-file", "/run/secret"]
 
 
 def start_nodes(lab):

@@ -30,8 +30,7 @@ def _move_about(guest, plan, moves, seed):
         downtimes += [move["downtime_us"] for move in migrate(guest, chosen[:moves - len(downtimes)], target)]
         if len(downtimes) % 10 < len(chosen):
             say(f"    {len(downtimes)} of {moves} moves")
-        if guest.count("LOAD-FAIL"):
-            raise Failure("a check failed in the guest")
+        guest.check_load()
         if guest.ended.wait(chance.uniform(0.2, 3)):
             raise Failure("the guest ended by itself")
     # Home again, so that the checks at the end go over all members.

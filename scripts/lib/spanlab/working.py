@@ -53,6 +53,11 @@ class Guest:
         """How many lines begin like this."""
         return sum(line.startswith(word) for line in self.lines)
 
+    def check_load(self):
+        """Raises `Failure` if something went wrong in what it runs."""
+        if self.count("LOAD-FAIL"):
+            raise Failure("a check failed in the guest")
+
     def wait(self, word, limit, times=1):
         """Waits until so many lines began like this; raises `Failure` when the guest ends first, or at the limit."""
         end = time.monotonic() + limit

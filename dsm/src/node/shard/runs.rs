@@ -25,11 +25,8 @@ pub(super) fn in_turns<E>(
     ends: &[usize],
     mut f: impl FnMut(Command<PageBuf>) -> Result<(), E>,
 ) -> Result<(), E> {
-    if ends.len() <= 1 {
-        return commands.drain(..).try_for_each(f);
-    }
     let most = ends.iter().fold((0, 0), |(most, start), end| (most.max(end - start), *end)).0;
-    if most == 1 {
+    if ends.len() <= 1 || most == 1 {
         return commands.drain(..).try_for_each(f);
     }
     for turn in 0..most {
