@@ -185,9 +185,12 @@ impl Shared {
         self.ops.placement().left(member.0);
     }
 
-    /// The guest runs.
+    /// The guest runs. A VM that is ending, or paused for good, by then is no longer starting.
     pub fn running(&self) {
         let mut picture = self.lock();
+        if picture.info.status != VmStatus::Starting {
+            return;
+        }
         picture.info.status = VmStatus::Running;
         picture.running_since = Some(Instant::now());
         drop(picture);

@@ -70,6 +70,7 @@ pub fn restore(lab: &Lab, members: u16) {
     let members = format!("--members={members}");
     let output = lab.run(&["restore", "@/ck", "--detach", &members]);
     assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert_eq!(info(lab).unwrap()["status"], "running");
 }
 
 /// Stops the VM; nothing of it is left.

@@ -150,14 +150,24 @@ impl Coordinator {
         let shares = (0u16..).zip(self.spec.members.iter().map(|m| m.cpus));
         self.shared.ops().placement().begin(self.spec.policy, shares);
         self.shared.set_policy(self.spec.policy);
-        self.shared.running();
-        if let Source::Checkpoint(opened) = &source {
-            self.shared.ops().restored(&opened.dir);
-            self.go_on(opened);
+        match &source {
+            Source::Boot(_) => self.announcement().await,
+            Source::Checkpoint(opened) => {
+                self.shared.ops().restored(&opened.dir);
+                self.go_on(opened);
+            }
         }
-        let (pid, host) = (std::process::id(), self.inherit.host.clone());
-        self.launcher.say(FromCoordinator::Running { pid, host }).await;
         Ok(())
+    }
+
+    /// Says to all who wait for it that the guest runs.
+    fn announcement(&self) -> impl Future<Output = ()> + Send + 'static {
+        let (shared, launcher) = (self.shared.clone(), self.launcher.clone());
+        let (pid, host) = (std::process::id(), self.inherit.host.clone());
+        async move {
+            shared.running();
+            launcher.say(FromCoordinator::Running { pid, host }).await;
+        }
     }
 
     /// What later checkpoints will say of this VM.
@@ -255,19 +265,23 @@ impl Coordinator {
         Ok(())
     }
 
-    /// The restored VM stands as the checkpoint left it: lets it go on, and brings its pages in behind it.
+    /// The restored VM stands as the checkpoint left it: lets it go on, and brings its pages in behind it. It counts as
+    /// running when that is done, so whoever waits for it can give it the next order at once.
     fn go_on(&self, opened: &Opened) {
         pause::begin_paused(self.shared.ops(), opened.manifest.machine.tsc);
-        let shared = self.shared.clone();
+        let (shared, announcement) = (self.shared.clone(), self.announcement());
         tokio::spawn(async move {
             let went = async {
-                let turn = Turn::take(&shared, "the restore")?;
+                let turn = Turn::claim(&shared, "the restore")?;
                 pause::release(&turn, pause::LIMIT).await?;
                 let limit = pause::LIMIT;
                 turn.crew()?.ask_all(&MemberTask::Prefetch, limit).await.map_err(OpError::from)
             };
-            if let Err(e) = went.await {
-                shared.stop(End::Failed(format!("the restored VM did not go on: {e}")));
+            match went.await {
+                Ok(_) => announcement.await,
+                // It stays paused for the member it has lost.
+                Err(e) if shared.loss().is_some() => tracing::warn!("the restored VM did not go on: {e}"),
+                Err(e) => shared.stop(End::Failed(format!("the restored VM did not go on: {e}"))),
             }
         });
     }

@@ -227,6 +227,14 @@ impl Turn {
             VmStatus::Starting => return Err(OpError::Refused("the VM is still starting".into())),
             VmStatus::Ending => return Err(OpError::Refused("the VM is ending".into())),
         }
+        Self::claim(shared, what)
+    }
+
+    /// The turn of what belongs to the start of the VM.
+    ///
+    /// # Errors
+    /// [`OpError::Refused`].
+    pub fn claim(shared: &Arc<Shared>, what: impl Into<String>) -> Result<Turn, OpError> {
         let mut turn = shared.ops().turn();
         if let Some(other) = &*turn {
             return Err(OpError::Refused(format!("{other} is under way; try again when it is done")));
