@@ -32,6 +32,9 @@ The hosts run Debian's stock kernel and busybox. In each of them
   /tmp, /dev/shm, /run          memory
 """
 
+# Longest time of a guest that works while it is moved about, in seconds.
+AT_WORK = 5400
+
 
 def _parser():
     parser = argparse.ArgumentParser(prog="scripts/lab", description=DESCRIPTION,
@@ -149,6 +152,25 @@ def execute(lab, where, script, timeout, stdin=None):
     return next((code for _, code in sorted(codes.items()) if code), 0)
 
 
+def _soak(options, plan):
+    def new():
+        return _new(options)
+
+    if options.boots < 1:
+        raise Failure(f"--boots {options.boots}: at least 1")
+    if options.moves is None and not options.drain and not options.checkpoint:
+        plan.run = options.guest_run
+        return measure.soak(new, options.boots, plan, options.fresh_hosts)
+    plan.timeout = options.guest_timeout or AT_WORK
+    if options.drain:
+        return measure.soak_drain(new, plan, options.budget)
+    if options.checkpoint:
+        return measure.soak_checkpoint(new, plan, options.seed, options.budget)
+    if options.moves < 1 or options.n < 2:
+        raise Failure("--moves: at least 1, over at least -n 2 hosts")
+    return measure.soak_moves(new, options.moves, plan, options.seed, options.budget)
+
+
 def _measure(options):
     """soak and bench: labs of their own, one after the other."""
     if options.name == "default":
@@ -158,21 +180,7 @@ def _measure(options):
         slow_clock=options.slow_clock, options=shlex.split(options.launch_args),
         timeout=options.guest_timeout or (1800 if options.cpu == "intel" else 600))
     if options.command == "soak":
-        if options.boots < 1:
-            raise Failure(f"--boots {options.boots}: at least 1")
-        if options.moves is not None:
-            if options.moves < 1 or options.n < 2:
-                raise Failure("--moves: at least 1, over at least -n 2 hosts")
-            plan.timeout = options.guest_timeout or 5400
-            return measure.soak_moves(lambda: _new(options), options.moves, plan, options.seed, options.budget)
-        if options.drain:
-            plan.timeout = options.guest_timeout or 5400
-            return measure.soak_drain(lambda: _new(options), plan, options.budget)
-        if options.checkpoint:
-            plan.timeout = options.guest_timeout or 5400
-            return measure.soak_checkpoint(lambda: _new(options), plan, options.seed, options.budget)
-        plan.run = options.guest_run
-        return measure.soak(lambda: _new(options), options.boots, plan, options.fresh_hosts)
+        return _soak(options, plan)
     if options.n < 2 or options.runs < 1:
         raise Failure("bench boot compares one member with several: -n 2 or more, --runs 1 or more")
     report = measure.bench_boot(lambda: _new(options), plan, options.runs, options.check)
