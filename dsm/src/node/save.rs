@@ -9,9 +9,10 @@ use crate::layout::Page;
 use crate::protocol::Event;
 use crate::protocol::cut::Duty;
 use crate::protocol::directory::Holders;
-use crate::protocol::pages::BLOCK;
+use crate::protocol::pages::{BLOCK, blocks};
 use crate::region::{Kernel, RegionError};
 use std::io;
+use std::ops::Range;
 use std::sync::{MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -144,10 +145,8 @@ impl Shell {
         self.fetch_missing(options)?;
         let mut saved = Saved::default();
         let mut buffer = Vec::with_capacity(BLOCK as usize * PAGE);
-        let pages = self.layout.pages();
-        for first in (0..pages).step_by(BLOCK as usize) {
-            let block: Vec<Page> = (first..pages.min(first + BLOCK)).map(Page).collect();
-            let runs = self.copy_block(&block, options, &mut buffer, &mut saved)?;
+        for block in blocks(0..self.layout.pages()) {
+            let runs = self.copy_block(block, options, &mut buffer, &mut saved)?;
             let mut at = 0;
             for (page, count) in runs {
                 let len = count as usize * PAGE;
@@ -164,14 +163,20 @@ impl Shell {
     /// Shared pages homed here of which there is no copy here.
     fn fetch_missing(&self, options: SaveOptions) -> Result<(), SaveError> {
         let mut asked = 0;
-        for page in (0..self.layout.pages()).map(Page) {
-            let duty = self.engine.shard(page).core.duty(page);
-            if matches!(duty, Duty::Fetch { changed } if changed || options.full) {
-                // Not as a fault of a thread, which may ask for more than this page.
-                self.engine.one(self, self.now(), page, Event::Fault { page, write: false });
-                asked += 1;
-                if asked % AHEAD == 0 {
-                    self.wait_quiet(self.config().deadline)?;
+        for block in blocks(0..self.layout.pages()) {
+            let duties = self.engine.shard(Page(block.start)).core.duties(block.clone());
+            if !duties.is_lacking || !(duties.has_changed || options.full) {
+                continue;
+            }
+            for page in block.map(Page) {
+                let duty = self.engine.shard(page).core.duty(page);
+                if matches!(duty, Duty::Fetch { changed } if changed || options.full) {
+                    // Not as a fault of a thread, which may ask for more than this page.
+                    self.engine.one(self, self.now(), page, Event::Fault { page, write: false });
+                    asked += 1;
+                    if asked % AHEAD == 0 {
+                        self.wait_quiet(self.config().deadline)?;
+                    }
                 }
             }
         }
@@ -181,13 +186,12 @@ impl Shell {
     /// Copies what is to be saved of a block into `buffer`, as runs of pages, and marks it as saved.
     fn copy_block(
         &self,
-        block: &[Page],
+        block: Range<u32>,
         options: SaveOptions,
         buffer: &mut Vec<u8>,
         saved: &mut Saved,
     ) -> Result<Vec<(Page, u32)>, SaveError> {
         buffer.clear();
-        let Some(first) = block.first() else { return Ok(Vec::new()) };
         let mut runs: Vec<(Page, u32)> = Vec::new();
         let mut protect: Vec<(Page, u32)> = Vec::new();
         let add = |runs: &mut Vec<(Page, u32)>, page: Page| match runs.last_mut() {
@@ -201,32 +205,36 @@ impl Shell {
             }
             _ => runs.push((page, 1)),
         };
-        let mut shard = self.engine.shard(*first);
+        let mut shard = self.engine.shard(Page(block.start));
         // From here on it can't be made inaccessible before the lock is let go.
         self.running()?;
-        for page in block {
-            saved.touched += u64::from(shard.core.is_touched(*page));
-            let (changed, in_image) = match shard.core.duty(*page) {
+        let duties = shard.core.duties(block.clone());
+        saved.touched += duties.touched;
+        saved.answers_for += duties.answers_for;
+        if !duties.has_changed && !options.full {
+            return Ok(runs);
+        }
+        for page in block.map(Page) {
+            let (changed, in_image) = match shard.core.duty(page) {
                 Duty::None => continue,
                 Duty::Save { changed, in_image } => (changed, in_image),
                 // It has not changed, or it would have come.
                 Duty::Fetch { .. } => (false, false),
             };
-            saved.answers_for += 1;
             if !changed && !options.full {
                 continue;
             }
             if in_image {
                 let mut bytes = [0; PAGE];
-                self.image(*page, &mut bytes)?;
+                self.image(page, &mut bytes)?;
                 buffer.extend(bytes);
             } else {
-                self.region.read(*page, buffer)?;
+                self.region.read(page, buffer)?;
             }
-            if options.track && shard.core.saved(*page) {
-                add(&mut protect, *page);
+            if options.track && shard.core.saved(page) {
+                add(&mut protect, page);
             }
-            add(&mut runs, *page);
+            add(&mut runs, page);
         }
         for (page, count) in protect {
             self.region.protect(page, count)?;

@@ -49,6 +49,14 @@ const STAMP_SHIFT: u32 = 10;
 /// An event may be this many units older than the page's stamp: a second.
 const SKEW: u32 = 1 << 20;
 
+fn state_of(byte: u8) -> State {
+    match byte & STATE_MASK {
+        1 => State::Shared,
+        2 => State::Modified,
+        _ => State::Invalid,
+    }
+}
+
 /// A request of this member that is on its way.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Pending<D> {
@@ -139,11 +147,14 @@ impl<D> Cache<D> {
 
     /// What the member has of a page.
     pub fn state(&self, page: Page) -> State {
-        match self.bytes.get(self.share.slot(page)).map(|b| b & STATE_MASK) {
-            Some(1) => State::Shared,
-            Some(2) => State::Modified,
-            _ => State::Invalid,
-        }
+        state_of(self.bytes.get(self.share.slot(page)).copied().unwrap_or(0))
+    }
+
+    /// What it has of neighbouring pages of one block, and whether each is clean: see [`Cache::is_clean`].
+    pub(super) fn states(&self, first: Page, count: usize) -> impl Iterator<Item = (State, bool)> + '_ {
+        let at = self.share.slot(first);
+        let bytes = self.bytes.get(at..at.saturating_add(count)).unwrap_or(&[]);
+        bytes.iter().map(|byte| (state_of(*byte), byte & CLEAN != 0))
     }
 
     pub(super) fn set(&mut self, page: Page, state: State) {

@@ -4,7 +4,7 @@
 use super::{Command, Contents, Core, CoreConfig, Event, Msg, Right, Violation};
 use crate::addr::{HomeRange, MemberId};
 use crate::layout::{Layout, Page};
-use crate::protocol::cut::Duty;
+use crate::protocol::cut::{Duties, Duty};
 use crate::protocol::hold::HoldConfig;
 use crate::protocol::pages::Share;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -139,6 +139,7 @@ impl Cluster {
     pub(super) fn cut(&mut self, full: bool, image: &mut [u8]) -> Result<(), String> {
         let (mut answers_for, mut touched) = (0, 0);
         for member in 0..self.cores.len() {
+            self.check_duties(member)?;
             for page in (0u32..).zip(self.newest.clone()).map(|(n, _)| Page(n)) {
                 let member_id = u16::try_from(member).unwrap();
                 if let Duty::Fetch { changed } = self.cores[member].duty(page) {
@@ -165,6 +166,32 @@ impl Cluster {
             }
         }
         if answers_for == touched { Ok(()) } else { Err(format!("{answers_for} of {touched} pages")) }
+    }
+
+    /// What a core says of many pages in sum is what it says of each.
+    fn check_duties(&self, member: usize) -> Result<(), String> {
+        let core = &self.cores[member];
+        let pages = u32::try_from(self.newest.len()).unwrap();
+        for start in 0..pages {
+            for end in start..=pages {
+                let mut sum = Duties::default();
+                for page in (start..end).map(Page) {
+                    let duty = core.duty(page);
+                    sum.answers_for += u64::from(duty != Duty::None);
+                    sum.touched += u64::from(core.is_touched(page));
+                    sum.has_changed |=
+                        matches!(duty, Duty::Save { changed: true, .. } | Duty::Fetch { changed: true });
+                    sum.is_lacking |= matches!(duty, Duty::Fetch { .. });
+                }
+                if core.duties(start..end) != sum {
+                    return Err(format!(
+                        "pages {start} to {end}: {:?}, not {sum:?}",
+                        core.duties(start..end)
+                    ));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// A cluster that starts from an image that `holder` has.

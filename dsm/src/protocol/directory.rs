@@ -54,6 +54,10 @@ fn unpack([sharers, word]: Packed) -> Holders {
     }
 }
 
+fn is_saved([_, word]: Packed) -> bool {
+    word & (SHARED | SAVED) == SHARED | SAVED
+}
+
 /// What a directory says of a page that somebody has touched, to be told to another home.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub struct Entry(Packed);
@@ -179,9 +183,14 @@ impl Directory {
 
     /// Whether a shared page's contents are those of the last cut.
     pub fn is_saved(&self, page: Page) -> bool {
-        self.entries
-            .get(self.share.slot(page))
-            .is_some_and(|[_, word]| word & (SHARED | SAVED) == SHARED | SAVED)
+        self.entries.get(self.share.slot(page)).is_some_and(|packed| is_saved(*packed))
+    }
+
+    /// Who has neighbouring pages of one block, and whether each is saved: see [`Directory::is_saved`].
+    pub(super) fn entries(&self, first: Page, count: usize) -> impl Iterator<Item = (Holders, bool)> + '_ {
+        let at = self.share.slot(first);
+        let entries = self.entries.get(at..at.saturating_add(count)).unwrap_or(&[]);
+        entries.iter().map(|packed| (unpack(*packed), is_saved(*packed)))
     }
 
     /// A shared page has been saved.
