@@ -126,8 +126,24 @@ impl RunDir {
 
 impl Drop for RunDir {
     fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.path);
+        remove(&self.path);
     }
+}
+
+/// Removes a folder whose lock the caller holds. The lock goes last: as soon as it is gone the folder can be another
+/// coordinator's, and what lies in it that one's.
+fn remove(path: &Path) {
+    let lock = path.join("lock");
+    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+        let left = entry.path();
+        if left != lock {
+            // Never a folder, unless somebody put one there.
+            let _ = fs::remove_file(&left).or_else(|_| fs::remove_dir_all(&left));
+        }
+    }
+    let _ = fs::remove_file(lock);
+    // Fails if another coordinator has it already.
+    let _ = fs::remove_dir(path);
 }
 
 /// Takes the lock if it is free.
@@ -171,7 +187,7 @@ pub fn remove_stale(root: &Path, vm: &str) -> bool {
     match try_lock(&lock) {
         Ok(true) => {
             if same_file(&lock, &path.join("lock")) {
-                let _ = fs::remove_dir_all(&path);
+                remove(&path);
             }
             true
         }
@@ -194,6 +210,29 @@ mod tests {
         drop((first, other));
         assert!(running(root).is_empty() && !root.join("a").exists());
         RunDir::claim(root, "a").unwrap();
+    }
+
+    #[test]
+    fn one_that_comes_while_another_goes_keeps_what_is_its_own() {
+        let root = tempfile::tempdir().unwrap();
+        let root = root.path();
+        let use_it = || {
+            let mut times = 0;
+            while times < 500 {
+                let Ok(mine) = RunDir::claim(root, "a") else { continue };
+                for path in [mine.socket(), mine.log()] {
+                    fs::write(&path, "").unwrap();
+                }
+                std::thread::sleep(std::time::Duration::from_micros(50));
+                assert!(mine.socket().exists() && mine.log().exists());
+                times += 1;
+            }
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(use_it);
+            scope.spawn(use_it);
+            scope.spawn(|| (0..2000).for_each(|_| drop(running(root))));
+        });
     }
 
     #[test]

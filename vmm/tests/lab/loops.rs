@@ -52,7 +52,8 @@ pub fn beats_at(lab: &Lab, least: u64, place: &[&str]) -> u64 {
         }
         if since.elapsed() > PATIENCE {
             let info = lab.run(&[&["info", "t", "--json"], place].concat());
-            panic!("no heartbeat above {least}:\n{text}\n{}", String::from_utf8_lossy(&info.stdout));
+            let log = std::fs::read_to_string(lab.path("run/t.log")).unwrap_or_default();
+            panic!("no heartbeat above {least}:\n{text}\n{info:?}\nits log:\n{log}");
         }
         std::thread::sleep(Duration::from_millis(50));
     }
