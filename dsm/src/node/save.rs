@@ -163,20 +163,18 @@ impl Shell {
     /// Shared pages homed here of which there is no copy here.
     fn fetch_missing(&self, options: SaveOptions) -> Result<(), SaveError> {
         let mut asked = 0;
-        for block in blocks(0..self.layout.pages()) {
+        let is_worth_a_look = |block: &Range<u32>| {
             let duties = self.engine.shard(Page(block.start)).core.duties(block.clone());
-            if !duties.is_lacking || !(duties.has_changed || options.full) {
-                continue;
-            }
-            for page in block.map(Page) {
-                let duty = self.engine.shard(page).core.duty(page);
-                if matches!(duty, Duty::Fetch { changed } if changed || options.full) {
-                    // Not as a fault of a thread, which may ask for more than this page.
-                    self.engine.one(self, self.now(), page, Event::Fault { page, write: false });
-                    asked += 1;
-                    if asked % AHEAD == 0 {
-                        self.wait_quiet(self.config().deadline)?;
-                    }
+            duties.is_lacking && (duties.has_changed || options.full)
+        };
+        for page in blocks(0..self.layout.pages()).filter(is_worth_a_look).flatten().map(Page) {
+            let duty = self.engine.shard(page).core.duty(page);
+            if matches!(duty, Duty::Fetch { changed } if changed || options.full) {
+                // Not as a fault of a thread, which may ask for more than this page.
+                self.engine.one(self, self.now(), page, Event::Fault { page, write: false });
+                asked += 1;
+                if asked % AHEAD == 0 {
+                    self.wait_quiet(self.config().deadline)?;
                 }
             }
         }

@@ -235,10 +235,10 @@ impl<D> Cache<D> {
 
     /// Numbers of pages held shared and modified. Walks the whole table.
     pub fn resident(&self) -> (u64, u64) {
-        self.bytes.iter().fold((0, 0), |(s, m), b| match b & STATE_MASK {
-            1 => (s + 1, m),
-            2 => (s, m + 1),
-            _ => (s, m),
+        self.bytes.iter().fold((0, 0), |(s, m), b| match state_of(*b) {
+            State::Shared => (s + 1, m),
+            State::Modified => (s, m + 1),
+            State::Invalid => (s, m),
         })
     }
 
