@@ -25,11 +25,12 @@ fn a_guest_goes_on_from_the_cut_on_any_number_of_members() {
                 assert_eq!(second["full"], false, "{second}");
                 assert!(second["bytes"].as_u64() <= first["bytes"].as_u64(), "{first} {second}");
             }
-            passes = passes.max(beats(&lab, 0));
+            let later = beats(&lab, 0);
             kill_all(&lab);
             restore(&lab, members);
+            // Not before the cut; how far it had come when it was killed is another matter.
             let after = beats(&lab, 0);
-            assert!(after + 1 >= passes / 2, "restored to {after} passes of {passes}");
+            assert!(after >= passes, "restored to {after} passes; {passes} before the cut, {later} after it");
             passes = beats(&lab, after);
         }
         let stopped = checkpoint(&lab, &["--stop"]);

@@ -3,20 +3,13 @@
 import contextlib
 import json
 import os
-import re
 import signal
 import subprocess
 import tempfile
 import time
 
-from . import console
+from . import beats
 from .common import Failure
-
-
-def _beat(line):
-    """Passes of the guest's slowest CPU, and pages that were older or newer than the others; None where it says neither."""
-    found = dict(re.findall(r"(\w+)=(\d+)", line))
-    return (int(found["least"]), int(found["wrong"])) if "BARE loop BEAT" in line and {"least", "wrong"} <= found.keys() else None
 
 
 class _Vm:
@@ -36,14 +29,10 @@ class _Vm:
     def beat(self, least):
         """Waits for a heartbeat with more passes than `least`; returns them."""
         while True:
-            text = console.clean(self.run("console", self.name, "--dump"))
-            beats = [beat for beat in map(_beat, text.splitlines()) if beat]
-            if beats:
-                passes, wrong = beats[-1]
-                if wrong:
-                    raise Failure(f"a page is older or newer than the others:\n{text}")
-                if passes > least:
-                    return passes
+            text = self.run("console", self.name, "--dump")
+            said = beats.read(text)
+            if said and said[-1].least > least:
+                return said[-1].least
             if time.monotonic() > self.deadline:
                 raise Failure(f"no heartbeat above {least}:\n{text}")
             time.sleep(0.2)

@@ -24,6 +24,7 @@ Virtual hosts with /dev/kvm, for running spanvm over several machines on one.
   scripts/lab soak --moves 100               move its vCPUs between hosts while it works, then check it
   scripts/lab soak --drain -n 3              let a host leave and come back while it works, and check it in between
   scripts/lab soak --checkpoint -n 3         save it while it works, kill everything, and let it go on over other numbers of hosts
+  scripts/lab soak --cuts 20 -n 3            save the bare-metal guest at random moments, kill everything, and let its counts go on
   scripts/lab bench boot --json              its boot over two hosts against one, and where remote faults come from
 
 The hosts run Debian's stock kernel and busybox. In each of them
@@ -80,8 +81,11 @@ def _parser():
     soak.add_argument("--checkpoint", action="store_true",
                       help="instead: boot once over all hosts but one, save it while it works, kill everything, go on over all hosts, the same "
                            "again, go on over one, and check it")
+    soak.add_argument("--cuts", type=int, metavar="N",
+                      help="instead: boot the bare-metal guest, which counts, over all hosts but one, and N times: save it, kill everything while it "
+                           "is saved again, and go on over all, one, and all but one in turn")
     soak.add_argument("--seed", type=int, default=1, metavar="S",
-                      help="of --moves: which vCPU moves when; of --checkpoint: when it is saved and killed (default 1)")
+                      help="of --moves: which vCPU moves when; of --checkpoint and --cuts: when it is saved and killed (default 1)")
     soak.add_argument("--budget", type=int, default=15, metavar="S",
                       help="of --moves, --drain and --checkpoint: seconds for each check of ssicheck (default 15)")
     soak.add_argument("--guest-run", default="poweroff", metavar="CMD", help="what the guest runs, such as 'ssicheck' (default: nothing)")
@@ -158,6 +162,10 @@ def _soak(options, plan):
 
     if options.boots < 1:
         raise Failure(f"--boots {options.boots}: at least 1")
+    if options.cuts is not None:
+        if options.cuts < 1:
+            raise Failure("--cuts: at least 1")
+        return measure.soak_cuts(new, options.cuts, plan, options.seed)
     if options.moves is None and not options.drain and not options.checkpoint:
         plan.run = options.guest_run
         return measure.soak(new, options.boots, plan, options.fresh_hosts)

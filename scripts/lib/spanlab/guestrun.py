@@ -239,7 +239,7 @@ def start_nodes(lab):
             setsid spanvm node --listen {host.ip}:{PORT} --secret-file /run/secret </dev/null >/run/node.log 2>&1 &
             echo $! >/run/node.pid
             for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
-                grep -qi ':{PORT:04X} ' /proc/net/tcp && exit 0
+                grep -qi ':{PORT:04X} 00000000:0000 0A ' /proc/net/tcp && exit 0  # 0A: it listens
                 kill -0 "$(cat /run/node.pid)" || break
                 sleep 0.5
             done

@@ -51,6 +51,15 @@ def build_static(*names):
     return out
 
 
+def bare(timeout=300):
+    """Builds the bare-metal guest, and returns the path of its ELF."""
+    script = ROOT / "guest-images" / "bare" / "build.sh"
+    built = subprocess.run([str(script)], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, check=False, timeout=timeout)
+    if built.returncode:
+        raise Failure("build of the bare-metal guest: see above")
+    return built.stdout.strip()
+
+
 def busybox():
     """Debian's static busybox: its bytes and the names of its applets."""
     packages("busybox-static")

@@ -4,7 +4,7 @@ import json
 import statistics
 import time
 
-from . import causes, console, guestrun, images, soakcheckpoint, soakdrain, soakmoves
+from . import causes, console, guestrun, images, soakcheckpoint, soakcuts, soakdrain, soakmoves
 from . import kernel as debian
 from . import lab as labs
 from .common import TARGET, Failure, replace_file, say
@@ -66,6 +66,12 @@ def soak_checkpoint(new_lab, plan, seed, budget):
     """See `soakcheckpoint`."""
     _ready()
     return soakcheckpoint.soak_checkpoint(new_lab, plan, seed, budget)
+
+
+def soak_cuts(new_lab, rounds, plan, seed):
+    """See `soakcuts`."""
+    _ready()
+    return soakcuts.soak_cuts(new_lab, rounds, plan, seed)
 
 
 def _faults(outcome):

@@ -106,16 +106,7 @@ def _bare():
 def _bare_build(left):
     call(["cargo", "test", "--lib", "--locked", "--manifest-path", _bare()], min(left, 300),
          "unit tests of the bare-metal guest", cwd=_bare().parent)
-    _bare_elf(left)
-
-
-def _bare_elf(left):
-    """Builds the bare-metal guest and returns the path of its ELF."""
-    built = subprocess.run([str(_bare().parent / "build.sh")], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True,
-                           check=False, timeout=max(5, min(left, 300)))
-    if built.returncode:
-        raise Failure("build of the bare-metal guest: see above")
-    return built.stdout.strip()
+    images.bare(max(5, min(left, 300)))
 
 
 def _bare_launch(binary, elf, members, cpus, iterations):
@@ -136,7 +127,7 @@ def _bare_judge(result, what):
 def _bare_run(left):
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         raise Skip("no /dev/kvm, or no permission to use it")
-    elf = _bare_elf(left)
+    elf = images.bare(max(5, min(left, 300)))
     binary = images.build_static("spanvm", "ssicheck", "labagent") / "spanvm"
     deadline = time.monotonic() + left
     for members, cpus in BARE_GUESTS:

@@ -76,7 +76,7 @@ start64:
     movq $0, 8(%rdi)
     leal {block_size}(%rbp), %eax
     movq %rax, {block_tss} + 4(%rbp)    # RSP0
-    # The I/O bitmap, all zero, opens the ports to CPL 3 (IOPL would do, but a software IRETQ may not load it).
+    # The I/O bitmap, all zero, opens the ports to CPL 3 where a software IRETQ does not load IOPL.
     movw $104, {block_tss} + 102(%rbp)
     movb $0xFF, {block_tss} + 360(%rbp)
     movq %rbx, {block_index}(%rbp)
@@ -105,13 +105,14 @@ start64:
     jnz 2b
 3:  lidt idtr
 
-    # To Rust at CPL 3: RDI = CPU index, IF 0, stack as at a function's entry.
+    # To Rust at CPL 3: RDI = CPU index, IF 0, stack as at a function's entry. IOPL 3 is for QEMU's TCG, which wants the cached TR
+    # to be an available TSS before it reads the I/O bitmap; after KVM_SET_SREGS it is a busy one, as everywhere.
     movl %ebx, %eax
     shll ${stack_shift}, %eax
     addl $user_stacks + {stack_size} - 8, %eax
     pushq $0x2B
     pushq %rax
-    pushq $0x0002
+    pushq $0x3002
     pushq $0x33
     pushq $rust_main
     movl %ebx, %edi

@@ -138,7 +138,7 @@ fault:
     leaq {block_size}(%rbp), %rsp
     pushq $0x2B
     pushq %rax
-    pushq $0x0002
+    pushq $0x3002
     pushq $0x33
     pushq $rust_fault
     iretq

@@ -1,0 +1,155 @@
+"""`scripts/lab soak --cuts`: the bare-metal guest, whose pages count up together, is saved at random moments over virtual hosts, all its
+processes are killed while another checkpoint is being written, and it goes on from the cut on another number of hosts."""
+
+import json
+import random
+import re
+import time
+from collections import Counter
+from pathlib import Path
+
+from . import beats, guestrun, images
+from . import lab as labs
+from .common import TARGET, Failure, replace_file, say
+from .soakcheckpoint import END_LIMIT, FOLDER, KILL, SAVE_LIMIT
+
+KERNEL = "/run/bare"
+"""The guest, on the first host."""
+BEAT_LIMIT = 120
+"""Seconds for a pass of all CPUs over all pages, the emulation included."""
+START_LIMIT = 120
+"""Seconds for a launch or a restore."""
+LOG = TARGET / "soak-cuts.log"
+
+
+class _Guest:
+    """The guest, and what it said since it was last started."""
+
+    def __init__(self, lab, log):
+        self.lab = lab
+        self.log = log
+        self.text = ""
+
+    def _spanvm(self, words, limit):
+        result = self.lab.run("h1", f"spanvm {words}", limit)
+        if result.code:
+            said = (result.stderr.decode(errors="replace").strip() or result.text.strip())[-2000:]
+            raise Failure(f"spanvm {' '.join(words.split()[:2])}: exit code {result.code} {result.reason} {said}")
+        return result
+
+    def start(self, words, members):
+        """Lets it run over so many hosts by `spanvm WORDS`; returns what spanvm said."""
+        self.text = ""
+        guestrun.start_nodes(self.lab)
+        hosts = " ".join(guestrun.on(self.lab.hosts[:members]))
+        said = self._spanvm(f"{words} --name {guestrun.VM} --detach {hosts}", START_LIMIT).stderr.decode(errors="replace")
+        self.log.append(f"--- {words}\n{said}")
+        return said
+
+    def beat(self, least=-1):
+        """Waits for a beat in which every CPU has more than so many passes; returns the first such."""
+        end = time.monotonic() + BEAT_LIMIT
+        while True:
+            self.text = self._spanvm(f"console {guestrun.VM} --dump", 60).text
+            if found := next((beat for beat in beats.read(self.text) if beat.least > least), None):
+                return found
+            if time.monotonic() > end:
+                raise Failure(f"no heartbeat with more than {least} passes of each CPU within {BEAT_LIMIT} s")
+            time.sleep(0.3)
+
+    def last(self):
+        """Its newest beat."""
+        self.beat()
+        return beats.read(self.text)[-1]
+
+    def save(self, *options):
+        """Makes a checkpoint; returns its report."""
+        words = f"checkpoint {guestrun.VM} --to {FOLDER} --limit 10 --json {' '.join(options)}"
+        return json.loads(self._spanvm(words, SAVE_LIMIT).text)
+
+    def kill(self, chance):
+        """Kills everything on all hosts, in any order, the first one while another checkpoint is being written."""
+        self.log.append(self.text)
+        delay = chance.uniform(0, 0.8)
+        writer = f"spanvm checkpoint {guestrun.VM} --to {FOLDER} --limit 10 --full >/dev/null 2>&1 &"
+        order = chance.sample(self.lab.hosts, len(self.lab.hosts))
+        if order[0].name == "h1":
+            self.lab.run("h1", f"{writer} sleep {delay:.2f}; {KILL}", 60)
+        else:
+            self.lab.run("h1", writer, 60)
+            time.sleep(delay)
+        for host in order:
+            self.lab.run(host, KILL, 60)
+        for host in order:
+            left = f"for _ in $(seq {END_LIMIT}); do pidof spanvm || exit 0; sleep 1; done; exit 1"
+            if self.lab.run(host, left, END_LIMIT + 30).code:
+                raise Failure(f"everything was killed, and processes are left on {host.name}")
+
+    def newest(self):
+        """The number of the newest whole checkpoint, as its format has it: the highest folder without a dot."""
+        return max(map(int, re.findall(r"^\d{8}$", self.lab.run("h1", f"ls {FOLDER}", 60).text, re.MULTILINE)), default=0)
+
+
+def _round(guest, members, chance):
+    """Saves, kills and restores it over so many hosts; returns what happened."""
+    time.sleep(chance.uniform(0, 2))
+    # As often as not there was one before, and this one has only what changed.
+    before = guest.last()
+    report = guest.save(*(["--full"] if chance.random() < 0.3 else []))
+    number = int(Path(report["folder"]).name)
+    # Runs on for a while, so that what the restored one does is not what this one was about to do.
+    time.sleep(chance.uniform(0, 2))
+    after = guest.last()
+    guest.kill(chance)
+    newest = guest.newest()
+    if newest not in (number, number + 1):
+        raise Failure(f"checkpoint {number} was made, another one was begun, and the newest is {newest}")
+    start = time.monotonic()
+    said = guest.start(f"restore {FOLDER}", members)
+    if f"{FOLDER}/{newest:08}:" not in said:
+        raise Failure(f"checkpoint {newest} is the newest, and the restore says:\n{said}")
+    first = guest.beat()
+    # The writer that came to its end saved what came after `after`.
+    cut = after if newest > number else before
+    if first.passes < cut.passes or first.least < cut.least or first.seconds < cut.seconds:
+        raise Failure(f"the guest said {cut} before the cut, and {first} after the restore from it")
+    guest.beat(first.least + 2)
+    took = time.monotonic() - start
+    say(f"    checkpoint {number} ({'full' if report['full'] else 'incremental'}, {report['pages']} pages, paused for {report['pause_ms']:.0f} ms) at "
+        f"{before.passes} passes; killed after {after.passes}, the next one {'written' if newest > number else 'half written'}; restored on "
+        f"{members}: {first.passes} passes; goes on after {took:.0f} s")
+    return {"members": members, "full": report["full"], "pause_ms": report["pause_ms"], "cut_short": newest == number, "took_s": took}
+
+
+def soak_cuts(new_lab, rounds, plan, seed):
+    """Over all hosts but one, then restored over all, one, and all but one in turn, `rounds` times; prints a line of JSON."""
+    hosts = plan.members
+    if hosts < 3:
+        raise Failure("--cuts: over at least -n 3 hosts: the guest begins on all but one, and goes on over all, one, and all but one in turn")
+    elf = Path(images.bare()).read_bytes()
+    cpus = max(plan.cpus, hosts)
+    cmdline = f"test=loop shared=1 pages=40 beat=100 deadline=3600 cpus={cpus} {plan.extra}".rstrip()
+    options = f"--kernel {KERNEL} --cpus {cpus} --memory 64M --rng off --cmdline '{cmdline}' {' '.join(plan.options)}".rstrip()
+    chance = random.Random(seed)
+    done, log = [], []
+    with labs.running(new_lab()) as lab:
+        guest = _Guest(lab, log)
+        try:
+            lab.run("h1", f"cat >{KERNEL}", 60, stdin=elf)
+            guest.start(f"launch {options}", hosts - 1)
+            guest.beat()
+            for number in range(rounds):
+                say(f"round {number + 1} of {rounds}")
+                done.append(_round(guest, [hosts, 1, hosts - 1][number % 3], chance))
+        except Failure as failure:
+            raise Failure(f"round {len(done) + 1} of {rounds} (seed {seed}): {failure}; consoles in {LOG}") from failure
+        finally:
+            replace_file(LOG, "\n".join([*log, guest.text]).encode())
+    pauses = sorted(one["pause_ms"] for one in done)
+    print(json.dumps({
+        "soak": "cuts", "rounds": rounds, "seed": seed, "members": hosts - 1, "cpus": cpus,
+        "restored_on": dict(sorted(Counter(one["members"] for one in done).items())),
+        "incremental": sum(not one["full"] for one in done), "writers_cut_short": sum(one["cut_short"] for one in done),
+        "pause_ms": {"p50": round(pauses[len(pauses) // 2], 1), "max": round(pauses[-1], 1)},
+        "took_s": {"max": round(max(one["took_s"] for one in done), 1)}}))
+    return 0
