@@ -83,7 +83,7 @@ def _parser():
                            "again, go on over one, and check it")
     soak.add_argument("--cuts", type=int, metavar="N",
                       help="instead: boot the bare-metal guest, which counts, over all hosts but one, and N times: save it, kill everything while it "
-                           "is saved again, and go on over all, one, and all but one in turn")
+                           "is saved again, go on from the cut over all, and again from it over one; the same from there back to all but one")
     soak.add_argument("--seed", type=int, default=1, metavar="S",
                       help="of --moves: which vCPU moves when; of --checkpoint and --cuts: when it is saved and killed (default 1)")
     soak.add_argument("--budget", type=int, default=15, metavar="S",

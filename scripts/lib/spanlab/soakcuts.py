@@ -1,11 +1,10 @@
 """`scripts/lab soak --cuts`: the bare-metal guest, whose pages count up together, is saved at random moments over virtual hosts, all its
-processes are killed while another checkpoint is being written, and it goes on from the cut on another number of hosts."""
+processes are killed while another checkpoint is being written, and it goes on from the cut on other numbers of hosts."""
 
 import json
 import random
 import re
 import time
-from collections import Counter
 from pathlib import Path
 
 from . import beats, guestrun, images
@@ -67,9 +66,8 @@ class _Guest:
         words = f"checkpoint {guestrun.VM} --to {FOLDER} --limit 10 --json {' '.join(options)}"
         return json.loads(self._spanvm(words, SAVE_LIMIT).text)
 
-    def kill(self, chance):
+    def kill_amid_checkpoint(self, chance):
         """Kills everything on all hosts, in any order, the first one while another checkpoint is being written."""
-        self.log.append(self.text)
         delay = chance.uniform(0, 0.8)
         writer = f"spanvm checkpoint {guestrun.VM} --to {FOLDER} --limit 10 --full >/dev/null 2>&1 &"
         order = chance.sample(self.lab.hosts, len(self.lab.hosts))
@@ -78,6 +76,11 @@ class _Guest:
         else:
             self.lab.run("h1", writer, 60)
             time.sleep(delay)
+        self.kill(order)
+
+    def kill(self, order):
+        """Kills everything on all hosts, one after the other."""
+        self.log.append(self.text)
         for host in order:
             self.lab.run(host, KILL, 60)
         for host in order:
@@ -90,48 +93,65 @@ class _Guest:
         return max(map(int, re.findall(r"^\d{8}$", self.lab.run("h1", f"ls {FOLDER}", 60).text, re.MULTILINE)), default=0)
 
 
-def _round(guest, members, chance):
-    """Saves, kills and restores it over so many hosts; returns what happened."""
+def _cut(guest, chance, cuts):
+    """Saves the working guest at a random moment, and kills it while it is saved again; returns the newest whole cut and what
+    the guest had said before it."""
     time.sleep(chance.uniform(0, 2))
-    # As often as not there was one before, and this one has only what changed.
     before = guest.last()
+    # More often than not there was one before, and this one has only what changed.
     report = guest.save(*(["--full"] if chance.random() < 0.3 else []))
     number = int(Path(report["folder"]).name)
-    # Runs on for a while, so that what the restored one does is not what this one was about to do.
+    # It runs on for a while, so that what a restored one does is not what this one was about to do.
     time.sleep(chance.uniform(0, 2))
     after = guest.last()
-    guest.kill(chance)
+    guest.kill_amid_checkpoint(chance)
     newest = guest.newest()
     if newest not in (number, number + 1):
         raise Failure(f"checkpoint {number} was made, another one was begun, and the newest is {newest}")
+    say(f"    checkpoint {number} ({'full' if report['full'] else 'incremental'}, {report['pages']} pages, paused for {report['pause_ms']:.0f} ms) at "
+        f"{before.passes} passes; killed at {after.passes} with the next one {'half ' if newest == number else ''}written")
+    cuts.append({"full": report["full"], "pause_ms": report["pause_ms"], "cut_short": newest == number})
+    # A writer that came to its end saved what came after `after`.
+    return newest, before if newest == number else after
+
+
+def _go_on(guest, newest, before, members):
+    """Restores the guest over so many hosts; it must go on from that cut. Returns the seconds until it did."""
     start = time.monotonic()
     said = guest.start(f"restore {FOLDER}", members)
     if f"{FOLDER}/{newest:08}:" not in said:
         raise Failure(f"checkpoint {newest} is the newest, and the restore says:\n{said}")
     first = guest.beat()
-    # The writer that came to its end saved what came after `after`.
-    cut = after if newest > number else before
-    if first.passes < cut.passes or first.least < cut.least or first.seconds < cut.seconds:
-        raise Failure(f"the guest said {cut} before the cut, and {first} after the restore from it")
+    if first.passes < before.passes or first.least < before.least or first.seconds < before.seconds:
+        raise Failure(f"the guest said {before} before the cut, and {first} after the restore on {members}")
     guest.beat(first.least + 2)
     took = time.monotonic() - start
-    say(f"    checkpoint {number} ({'full' if report['full'] else 'incremental'}, {report['pages']} pages, paused for {report['pause_ms']:.0f} ms) at "
-        f"{before.passes} passes; killed after {after.passes}, the next one {'written' if newest > number else 'half written'}; restored on "
-        f"{members}: {first.passes} passes; goes on after {took:.0f} s")
-    return {"members": members, "full": report["full"], "pause_ms": report["pause_ms"], "cut_short": newest == number, "took_s": took}
+    say(f"    restored on {members}: {first.passes} passes; goes on after {took:.0f} s")
+    return took
+
+
+def _round(guest, hosts, chance, cuts):
+    """Saves it on all hosts but one, and lets it go on from that cut on all, and once more on one; saves it there, and lets it go on
+    where it was. Returns the seconds of each restore."""
+    newest, before = _cut(guest, chance, cuts)
+    took = [_go_on(guest, newest, before, hosts)]
+    guest.kill(guest.lab.hosts)
+    took.append(_go_on(guest, newest, before, 1))
+    newest, before = _cut(guest, chance, cuts)
+    return [*took, _go_on(guest, newest, before, hosts - 1)]
 
 
 def soak_cuts(new_lab, rounds, plan, seed):
-    """Over all hosts but one, then restored over all, one, and all but one in turn, `rounds` times; prints a line of JSON."""
+    """`rounds` times: saved on all hosts but one, restored on all and on one, saved there, restored on all but one; prints a line of JSON."""
     hosts = plan.members
     if hosts < 3:
-        raise Failure("--cuts: over at least -n 3 hosts: the guest begins on all but one, and goes on over all, one, and all but one in turn")
+        raise Failure("--cuts: over at least -n 3 hosts: the guest begins on all but one, goes on over all, then on one")
     elf = Path(images.bare()).read_bytes()
     cpus = max(plan.cpus, hosts)
     cmdline = f"test=loop shared=1 pages=40 beat=100 deadline=3600 cpus={cpus} {plan.extra}".rstrip()
     options = f"--kernel {KERNEL} --cpus {cpus} --memory 64M --rng off --cmdline '{cmdline}' {' '.join(plan.options)}".rstrip()
     chance = random.Random(seed)
-    done, log = [], []
+    cuts, took, log = [], [], []
     with labs.running(new_lab()) as lab:
         guest = _Guest(lab, log)
         try:
@@ -140,16 +160,16 @@ def soak_cuts(new_lab, rounds, plan, seed):
             guest.beat()
             for number in range(rounds):
                 say(f"round {number + 1} of {rounds}")
-                done.append(_round(guest, [hosts, 1, hosts - 1][number % 3], chance))
+                took += _round(guest, hosts, chance, cuts)
         except Failure as failure:
-            raise Failure(f"round {len(done) + 1} of {rounds} (seed {seed}): {failure}; consoles in {LOG}") from failure
+            raise Failure(f"after {len(took)} of {3 * rounds} restores (seed {seed}): {failure}; consoles in {LOG}") from failure
         finally:
             replace_file(LOG, "\n".join([*log, guest.text]).encode())
-    pauses = sorted(one["pause_ms"] for one in done)
+    pauses = sorted(cut["pause_ms"] for cut in cuts)
+    took.sort()
     print(json.dumps({
-        "soak": "cuts", "rounds": rounds, "seed": seed, "members": hosts - 1, "cpus": cpus,
-        "restored_on": dict(sorted(Counter(one["members"] for one in done).items())),
-        "incremental": sum(not one["full"] for one in done), "writers_cut_short": sum(one["cut_short"] for one in done),
+        "soak": "cuts", "rounds": rounds, "seed": seed, "members": hosts - 1, "cpus": cpus, "checkpoints": len(cuts), "restores": len(took),
+        "incremental": sum(not cut["full"] for cut in cuts), "writers_cut_short": sum(cut["cut_short"] for cut in cuts),
         "pause_ms": {"p50": round(pauses[len(pauses) // 2], 1), "max": round(pauses[-1], 1)},
-        "took_s": {"max": round(max(one["took_s"] for one in done), 1)}}))
+        "goes_on_after_s": {"p50": round(took[len(took) // 2], 1), "max": round(took[-1], 1)}}))
     return 0
