@@ -69,7 +69,7 @@ class _Guest:
     def kill_amid_checkpoint(self, chance):
         """Kills everything on all hosts, in any order, the first one while another checkpoint is being written."""
         delay = chance.uniform(0, 0.8)
-        writer = f"spanvm checkpoint {guestrun.VM} --to {FOLDER} --limit 10 --full >/dev/null 2>&1 &"
+        writer = f"spanvm checkpoint {guestrun.VM} --to {FOLDER} --limit 10 {' '.join(_full(chance))} >/dev/null 2>&1 &"
         order = chance.sample(self.lab.hosts, len(self.lab.hosts))
         if order[0].name == "h1":
             self.lab.run("h1", f"{writer} sleep {delay:.2f}; {KILL}", 60)
@@ -93,13 +93,22 @@ class _Guest:
         return max(map(int, re.findall(r"^\d{8}$", self.lab.run("h1", f"ls {FOLDER}", 60).text, re.MULTILINE)), default=0)
 
 
+def _full(chance):
+    """Options of a checkpoint: more often than not it has only what has changed."""
+    return ["--full"] if chance.random() < 0.3 else []
+
+
 def _cut(guest, chance, cuts):
-    """Saves the working guest at a random moment, and kills it while it is saved again; returns the newest whole cut and what
+    """Saves the working guest at random moments, and kills it while it is saved again; returns the newest whole cut and what
     the guest had said before it."""
-    time.sleep(chance.uniform(0, 2))
-    before = guest.last()
-    # More often than not there was one before, and this one has only what changed.
-    report = guest.save(*(["--full"] if chance.random() < 0.3 else []))
+    # One after the other, so that what has changed since the last one counts, and not only since the guest was restored.
+    for _ in range(chance.randint(1, 3)):
+        time.sleep(chance.uniform(0, 2))
+        before = guest.last()
+        report = guest.save(*_full(chance))
+        say(f"    checkpoint {Path(report['folder']).name} ({'full' if report['full'] else 'incremental'}, {report['pages']} pages, paused for "
+            f"{report['pause_ms']:.0f} ms) at {before.passes} passes")
+        cuts.append({"full": report["full"], "pause_ms": report["pause_ms"], "cut_short": False})
     number = int(Path(report["folder"]).name)
     # It runs on for a while, so that what a restored one does is not what this one was about to do.
     time.sleep(chance.uniform(0, 2))
@@ -108,9 +117,8 @@ def _cut(guest, chance, cuts):
     newest = guest.newest()
     if newest not in (number, number + 1):
         raise Failure(f"checkpoint {number} was made, another one was begun, and the newest is {newest}")
-    say(f"    checkpoint {number} ({'full' if report['full'] else 'incremental'}, {report['pages']} pages, paused for {report['pause_ms']:.0f} ms) at "
-        f"{before.passes} passes; killed at {after.passes} with the next one {'half ' if newest == number else ''}written")
-    cuts.append({"full": report["full"], "pause_ms": report["pause_ms"], "cut_short": newest == number})
+    say(f"    killed at {after.passes} passes with the next one {'half ' if newest == number else ''}written")
+    cuts[-1]["cut_short"] = newest == number
     # A writer that came to its end saved what came after `after`.
     return newest, before if newest == number else after
 
@@ -169,7 +177,7 @@ def soak_cuts(new_lab, rounds, plan, seed):
     took.sort()
     print(json.dumps({
         "soak": "cuts", "rounds": rounds, "seed": seed, "members": hosts - 1, "cpus": cpus, "checkpoints": len(cuts), "restores": len(took),
-        "incremental": sum(not cut["full"] for cut in cuts), "writers_cut_short": sum(cut["cut_short"] for cut in cuts),
+        "incremental": sum(not cut["full"] for cut in cuts), "writers_killed": 2 * rounds, "writers_cut_short": sum(cut["cut_short"] for cut in cuts),
         "pause_ms": {"p50": round(pauses[len(pauses) // 2], 1), "max": round(pauses[-1], 1)},
         "goes_on_after_s": {"p50": round(took[len(took) // 2], 1), "max": round(took[-1], 1)}}))
     return 0
