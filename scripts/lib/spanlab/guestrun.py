@@ -249,6 +249,14 @@ def start_nodes(lab):
             raise Failure(f"spanvm node on {host.name}: {result.stderr.decode(errors='replace').strip()}")
 
 
+def spanvm(lab, words, limit):
+    """`spanvm WORDS` on the first host; returns its `agent.Result`, raises `Failure` with what it said unless it ends with 0."""
+    result = lab.run("h1", f"spanvm {words}", limit)
+    if result.code:
+        raise Failure(f"spanvm {words}: exit code {result.code} {result.reason} {result.stderr.decode(errors='replace').strip()}")
+    return result
+
+
 def boot(where, plan, show=None):
     """Boots the guest, waits for its end, and returns the outcome; the caller judges it (`Outcome.check`)."""
     options = ["--name", VM, "--kernel", f"{where.images}/{'kernel' if where.mode == 'lab' else 'vmlinuz'}",

@@ -10,6 +10,8 @@ from .common import Failure, say
 
 FOLDER = "/run/checkpoints"
 """On the first host, which every restore has."""
+CHECKPOINT = f"checkpoint {guestrun.VM} --to {FOLDER} --limit 10"
+"""Of spanvm; options may follow."""
 SAVE_LIMIT = 300
 """Seconds for a checkpoint, the emulation included."""
 END_LIMIT = 60
@@ -22,12 +24,12 @@ KILL = "kill -9 $(pidof spanvm) 2>/dev/null; rm -f /run/node.pid"
 
 def _save(guest, *options):
     """Makes a checkpoint; returns its report."""
-    return guest.command(f"checkpoint {guestrun.VM} --to {FOLDER} --limit 10 {' '.join(options)}".rstrip(), SAVE_LIMIT)
+    return guest.command(" ".join([CHECKPOINT, *options]), SAVE_LIMIT)
 
 
 def _kill(guest, delay):
     """Kills everything on all hosts, the first one while it has been writing another checkpoint for `delay` seconds."""
-    writer = f"spanvm checkpoint {guestrun.VM} --to {FOLDER} --limit 10 --full >/dev/null 2>&1 &"
+    writer = f"spanvm {CHECKPOINT} --full >/dev/null 2>&1 &"
     guest.lab.run("h1", f"{writer} sleep {delay:.2f}; {KILL}", 60)
     for host in guest.lab.hosts[1:]:
         # Members go by themselves when their coordinator does.

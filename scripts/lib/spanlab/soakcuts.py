@@ -10,7 +10,7 @@ from pathlib import Path
 from . import beats, guestrun, images
 from . import lab as labs
 from .common import TARGET, Failure, replace_file, say
-from .soakcheckpoint import END_LIMIT, FOLDER, KILL, SAVE_LIMIT
+from .soakcheckpoint import CHECKPOINT, END_LIMIT, FOLDER, KILL, SAVE_LIMIT
 
 KERNEL = "/run/bare"
 """The guest, on the first host."""
@@ -24,24 +24,18 @@ LOG = TARGET / "soak-cuts.log"
 class _Guest:
     """The guest, and what it said since it was last started."""
 
-    def __init__(self, lab, log):
+    def __init__(self, lab):
         self.lab = lab
-        self.log = log
+        self.log = []
+        """What the runs before this one said."""
         self.text = ""
-
-    def _spanvm(self, words, limit):
-        result = self.lab.run("h1", f"spanvm {words}", limit)
-        if result.code:
-            said = (result.stderr.decode(errors="replace").strip() or result.text.strip())[-2000:]
-            raise Failure(f"spanvm {' '.join(words.split()[:2])}: exit code {result.code} {result.reason} {said}")
-        return result
 
     def start(self, words, members):
         """Lets it run over so many hosts by `spanvm WORDS`; returns what spanvm said."""
-        self.text = ""
         guestrun.start_nodes(self.lab)
         hosts = " ".join(guestrun.on(self.lab.hosts[:members]))
-        said = self._spanvm(f"{words} --name {guestrun.VM} --detach {hosts}", START_LIMIT).stderr.decode(errors="replace")
+        result = guestrun.spanvm(self.lab, f"{words} --name {guestrun.VM} --detach {hosts}", START_LIMIT)
+        said = result.stderr.decode(errors="replace")
         self.log.append(f"--- {words}\n{said}")
         return said
 
@@ -49,7 +43,7 @@ class _Guest:
         """Waits for a beat in which every CPU has more than so many passes; returns the first such."""
         end = time.monotonic() + BEAT_LIMIT
         while True:
-            self.text = self._spanvm(f"console {guestrun.VM} --dump", 60).text
+            self.text = guestrun.spanvm(self.lab, f"console {guestrun.VM} --dump", 60).text
             if found := next((beat for beat in beats.read(self.text) if beat.least > least), None):
                 return found
             if time.monotonic() > end:
@@ -63,13 +57,12 @@ class _Guest:
 
     def save(self, *options):
         """Makes a checkpoint; returns its report."""
-        words = f"checkpoint {guestrun.VM} --to {FOLDER} --limit 10 --json {' '.join(options)}"
-        return json.loads(self._spanvm(words, SAVE_LIMIT).text)
+        return json.loads(guestrun.spanvm(self.lab, " ".join([CHECKPOINT, "--json", *options]), SAVE_LIMIT).text)
 
     def kill_amid_checkpoint(self, chance):
         """Kills everything on all hosts, in any order, the first one while another checkpoint is being written."""
         delay = chance.uniform(0, 0.8)
-        writer = f"spanvm checkpoint {guestrun.VM} --to {FOLDER} --limit 10 {' '.join(_full(chance))} >/dev/null 2>&1 &"
+        writer = f"spanvm {' '.join([CHECKPOINT, *_full(chance)])} >/dev/null 2>&1 &"
         order = chance.sample(self.lab.hosts, len(self.lab.hosts))
         if order[0].name == "h1":
             self.lab.run("h1", f"{writer} sleep {delay:.2f}; {KILL}", 60)
@@ -81,6 +74,7 @@ class _Guest:
     def kill(self, order):
         """Kills everything on all hosts, one after the other."""
         self.log.append(self.text)
+        self.text = ""
         for host in order:
             self.lab.run(host, KILL, 60)
         for host in order:
@@ -159,9 +153,9 @@ def soak_cuts(new_lab, rounds, plan, seed):
     cmdline = f"test=loop shared=1 pages=40 beat=100 deadline=3600 cpus={cpus} {plan.extra}".rstrip()
     options = f"--kernel {KERNEL} --cpus {cpus} --memory 64M --rng off --cmdline '{cmdline}' {' '.join(plan.options)}".rstrip()
     chance = random.Random(seed)
-    cuts, took, log = [], [], []
+    cuts, took = [], []
     with labs.running(new_lab()) as lab:
-        guest = _Guest(lab, log)
+        guest = _Guest(lab)
         try:
             lab.run("h1", f"cat >{KERNEL}", 60, stdin=elf)
             guest.start(f"launch {options}", hosts - 1)
@@ -172,7 +166,7 @@ def soak_cuts(new_lab, rounds, plan, seed):
         except Failure as failure:
             raise Failure(f"after {len(took)} of {3 * rounds} restores (seed {seed}): {failure}; consoles in {LOG}") from failure
         finally:
-            replace_file(LOG, "\n".join([*log, guest.text]).encode())
+            replace_file(LOG, "\n".join([*guest.log, guest.text]).encode())
     pauses = sorted(cut["pause_ms"] for cut in cuts)
     took.sort()
     print(json.dumps({

@@ -69,10 +69,7 @@ class Guest:
 
     def command(self, words, limit):
         """`spanvm WORDS --json` on the first host; returns what it reports."""
-        result = self.lab.run("h1", f"spanvm {words} --json", limit)
-        if result.code:
-            raise Failure(f"spanvm {words}: exit code {result.code} {result.reason} {result.stderr.decode(errors='replace').strip()}")
-        return json.loads(result.text)
+        return json.loads(guestrun.spanvm(self.lab, f"{words} --json", limit).text)
 
     def info(self):
         """`spanvm info --json`."""
